@@ -1,0 +1,276 @@
+"""Lightning data modules: a Lightning batch is one optimizer step, a list of packed micro-batches.
+
+The loader yields every step of the run, across epochs. Which examples a step holds is a pure function of
+(seed, step): epoch e visits the examples in the order drawn from seed + e, and a step takes the next `batch_size` of
+them, also across the seam of two epochs. So the position in the data is one number, and resuming is exact.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from zephyr import settings
+from zephyr.data import sources
+from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pack_pairs
+from zephyr.data.packing import best_fit, micro_batches
+from zephyr.data.render import Message, with_system
+from zephyr.data.tokenised import Options, Report, Table, tokenised_conversations, tokenised_pairs
+from zephyr.errors import UserError
+
+
+_log = logging.getLogger(__name__)
+
+
+class Examples(ABC):
+    """What a step counts: packed rows of conversations, or pairs."""
+
+    unit: str
+    lengths: Sequence[int]  # tokens of each example
+    report: Report
+
+    @abstractmethod
+    def pack(self, examples: list[int]) -> Batch:
+        """One packed row of these examples."""
+
+
+class PackedConversations(Examples):
+    """Conversations in rows of at most `max_length` tokens."""
+
+    unit = "packed sequences"
+
+    def __init__(self, table: Table, report: Report, max_length: int) -> None:
+        self.table, self.report = table, report
+        lengths = table.lengths("ids").tolist()
+        self.rows = best_fit(lengths, max_length)
+        self.lengths = [sum(lengths[i] for i in row) for row in self.rows]
+
+    def pack(self, examples: list[int]) -> Batch:
+        chosen = [conversation for example in examples for conversation in self.rows[example]]
+        row = self.table.row
+        return pack_conversations(Conversation(row("ids", i), row("labels", i)) for i in chosen)
+
+
+class Pairs(Examples):
+    """Preference pairs, each with its prompt once."""
+
+    unit = "pairs"
+
+    def __init__(self, table: Table, report: Report) -> None:
+        self.table, self.report = table, report
+        self.lengths = sum(table.lengths(name) for name in Pair._fields).tolist()
+
+    def pack(self, examples: list[int]) -> Batch:
+        row = self.table.row
+        return pack_pairs([Pair(*(row(name, i) for name in Pair._fields)) for i in examples])
+
+
+class Steps(Dataset[list[Batch]]):
+    """The optimizer steps of a run: step s holds exactly `batch_size` examples."""
+
+    def __init__(self, examples: Examples, batch_size: int, micro_batch_tokens: int, steps: int, seed: int) -> None:
+        self.examples, self.batch_size, self.micro_batch_tokens = examples, batch_size, micro_batch_tokens
+        self.steps, self.seed = steps, seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        first = step * self.batch_size
+        chosen = [self._example(position) for position in range(first, first + self.batch_size)]
+        lengths = [self.examples.lengths[i] for i in chosen]
+        return [
+            self.examples.pack([chosen[i] for i in members])
+            for members in micro_batches(lengths, self.micro_batch_tokens)
+        ]
+
+    def _example(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.examples.lengths))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._order = epoch, torch.randperm(len(self.examples.lengths), generator=generator).tolist()
+        return self._order[1][index]
+
+
+class MicroBatches(Dataset[list[Batch]]):
+    """Every example once, in micro-batches: what validation reads."""
+
+    def __init__(self, examples: Examples, micro_batch_tokens: int) -> None:
+        self.examples = examples
+        self.members = micro_batches(examples.lengths, micro_batch_tokens)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        return [self.examples.pack(self.members[index])]
+
+
+class _From(Sampler[int]):
+    """Steps start, start + 1, ...; its length stays the whole run's, which is how Lightning knows the last step."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return self.stop
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop))
+
+
+class DataModule(L.LightningDataModule, ABC):
+    """Training and validation examples as steps of exactly `batch_size` of them.
+
+    Args:
+        settings: where the examples come from and how they are cut, packed and counted.
+        max_epochs: passes over the examples.
+        max_steps: length of the run in optimizer steps, whatever `max_epochs` says; None leaves it to the epochs.
+        seed: order of the examples.
+    """
+
+    def __init__(
+        self,
+        settings: settings.Data,
+        tokenizer: PreTrainedTokenizerBase,
+        max_epochs: float,
+        max_steps: int | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.settings, self.tokenizer = settings, tokenizer
+        self.max_epochs, self.max_steps, self.seed = max_epochs, max_steps, seed
+        self.cache = Path(settings.cache).expanduser()
+        self.start_step = 0
+        self.train: Examples
+        self.validation: Examples | None = None
+
+    @abstractmethod
+    def examples(self, source: str, key: str) -> Examples:
+        """Tokenise a source, or find it tokenised."""
+
+    def load(self) -> None:
+        """Read both sources. Raises UserError when they cannot fill one optimizer step."""
+        self.train = self._load("data.train", self.settings.train)
+        if self.settings.validation is not None:
+            self.validation = self._load("data.validation", self.settings.validation)
+        if len(self.train.lengths) < self.settings.batch_size or self.total_steps == 0:
+            raise UserError(
+                f"data.train holds {len(self.train.lengths):,} {self.train.unit}, but one optimizer step takes "
+                f"data.batch_size={self.settings.batch_size} (trainer.max_epochs={self.max_epochs:g}). "
+                "Lower data.batch_size."
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run, counted after packing; a last step that would not be full is left out."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return int(len(self.train.lengths) * self.max_epochs) // self.settings.batch_size
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the tokenised data, by source."""
+        loaded = {"train": self.train, "validation": self.validation}
+        return {name: examples.report.fingerprint for name, examples in loaded.items() if examples is not None}
+
+    @abstractmethod
+    def exchange(self, row: sources.Row) -> list[Message]:
+        """A short conversation of a row: it ends with an assistant turn, the answer to compare with."""
+
+    def prompts(self, count: int) -> tuple[list[list[Message]], list[str]]:
+        """The first `count` prompts of the validation source, each ending with a user turn, and their answers."""
+        if self.settings.validation is None:
+            return [], []
+        prompts, answers = [], []
+        for row in sources.read(sources.files(self.settings.validation, "data.validation")):
+            if len(prompts) == count:
+                break
+            try:
+                *prompt, answer = self.exchange(row)
+            except (UserError, ValueError):
+                continue  # loading has counted it
+            prompts.append(with_system(prompt, self.settings.system))
+            answers.append(answer["content"])
+        return prompts, answers
+
+    def train_dataloader(self) -> DataLoader[list[Batch]]:
+        s = self.settings
+        steps = Steps(self.train, s.batch_size, s.micro_batch_tokens, self.total_steps, self.seed)
+        return self._loader(steps, _From(self.start_step, len(steps)))
+
+    def val_dataloader(self) -> DataLoader[list[Batch]] | list[Any]:
+        if self.validation is None:
+            return []
+        batches = MicroBatches(self.validation, self.settings.micro_batch_tokens)
+        return self._loader(batches, _From(0, len(batches)))
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        consumed = self.trainer.global_step * self.settings.batch_size
+        return {"epoch": consumed // len(self.train.lengths), "examples": consumed, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        batch_size = self.settings.batch_size
+        if state_dict["seed"] != self.seed or state_dict["examples"] % batch_size:
+            raise UserError(
+                f"The checkpoint stands after {state_dict['examples']} examples in the order of seed "
+                f"{state_dict['seed']}; data.batch_size={batch_size}, seed={self.seed} cannot go on from there."
+            )
+        self.start_step = state_dict["examples"] // batch_size
+
+    def _load(self, key: str, source: str) -> Examples:
+        examples = self.examples(source, key)
+        _log.info("%s: %s; %s %s", key, examples.report, f"{len(examples.lengths):,}", examples.unit)
+        return examples
+
+    def _loader(self, dataset: Dataset[list[Batch]], sampler: Sampler[int]) -> DataLoader[list[Batch]]:
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.settings.workers,
+            generator=torch.Generator(),  # or making an iterator would draw from the run's random state
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=False,
+        )
+
+
+class ChatData(DataModule):
+    """Conversations for SFT, packed whole into rows of at most `max_length` tokens; a step counts rows."""
+
+    settings: settings.ChatData
+
+    def exchange(self, row: sources.Row) -> list[Message]:
+        messages = sources.conversation(row)
+        roles = [message["role"] for message in messages]
+        return messages[: roles.index("assistant") + 1]
+
+    def examples(self, source: str, key: str) -> PackedConversations:
+        s = self.settings
+        options = Options(s.max_length, 0, s.loss_on == "all", s.system, 0, s.bad_rows == "drop")
+        table, report = tokenised_conversations(source, key, self.tokenizer, options, self.cache)
+        return PackedConversations(table, report, s.max_length)
+
+
+class PreferenceData(DataModule):
+    """Preference pairs for DPO; see zephyr.data.render.truncate_pair for what the two lengths mean."""
+
+    settings: settings.PreferenceData
+
+    def exchange(self, row: sources.Row) -> list[Message]:
+        pair = sources.preference(row, self.seed)
+        return pair[0] if pair else []
+
+    def examples(self, source: str, key: str) -> Pairs:
+        s = self.settings
+        options = Options(s.max_length, s.max_prompt_length, False, s.system, self.seed, s.bad_rows == "drop")
+        table, report = tokenised_pairs(source, key, self.tokenizer, options, self.cache)
+        return Pairs(table, report)

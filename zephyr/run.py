@@ -1,0 +1,314 @@
+"""One run, from settings to a model folder: load, train, save. The only module that knows all the others."""
+
+import json
+import logging
+import sys
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from zephyr import demo
+from zephyr.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
+from zephyr.data.modules import ChatData, DataModule, PreferenceData
+from zephyr.data.render import load_tokenizer
+from zephyr.dpo import DPO
+from zephyr.errors import UserError
+from zephyr.export import Card, export
+from zephyr.interruption import StopOnSignal, stoppable
+from zephyr.models.policy import check_policy, load_policy
+from zephyr.observe.metrics import MetricsFile, read, rewind
+from zephyr.observe.plots import draw
+from zephyr.observe.progress import Progress
+from zephyr.observe.samples import Samples
+from zephyr.observe.throughput import Throughput
+from zephyr.redact import redact
+from zephyr.settings import Settings
+from zephyr.sft import SFT
+from zephyr.task import Task
+
+_log = logging.getLogger("zephyr")
+
+
+def run(settings: Settings, config: dict[str, Any]) -> float | None:
+    """Train a stage and leave its model, metrics, plots and summary in `settings.output_dir`.
+
+    `config` is the resolved configuration, for the record. Returns held-out preference accuracy (dpo) or loss in nats
+    a token (sft), None without validation. Raises UserError for the user's mistakes, before weights are loaded, and
+    zephyr.interruption.Stopped after a signal, with a checkpoint saved if training had begun.
+    """
+    with stoppable():
+        return _run(settings, config)
+
+
+def _run(settings: Settings, config: dict[str, Any]) -> float | None:
+    _speak()
+    started = time.monotonic()
+    output = Path(settings.output_dir)
+    if settings.resume == "auto" and (output / "summary.json").exists():
+        _log.info("%s is finished already; without resume=auto it is trained anew.", output)
+        return _headline(json.loads((output / "summary.json").read_text())["eval"])
+    checkpoint = _checkpoint(settings, output)
+    path, revision = _starting_point(settings)
+    check_policy(path, revision)
+
+    if settings.trainer.threads is not None:
+        torch.set_num_threads(settings.trainer.threads)
+    L.seed_everything(settings.seed, workers=True, verbose=False)
+    tokenizer = load_tokenizer(path, revision)
+    data = _data(settings, tokenizer)
+    data.load()
+    checkpoints = Checkpoints(
+        output / "checkpoints",
+        settings.checkpoint.every_n_steps,
+        settings.checkpoint.keep,
+        claim=_claim(settings, path, data),
+    )
+    if checkpoint is not None:
+        checkpoints.check(checkpoint)
+    elif settings.resume is None:
+        _set_aside(output, path)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True))
+    finished_steps = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rewind(output / name, -1 if checkpoint is None else finished_steps)
+
+    _log.info("%s from %s: %s steps of %s %s.", settings.stage.upper(), path, data.total_steps, settings.data.batch_size,
+              data.train.unit)  # fmt: skip
+    task = _task(settings, path, revision, data)
+    loggers = _loggers(settings, config, output, data, fresh=checkpoint is None)
+    trainer = _trainer(settings, output, data, tokenizer, checkpoints, loggers)
+    if checkpoint is None and data.validation is not None:
+        trainer.validate(task, data, verbose=False)  # the curves begin with the model before its first step
+    if checkpoint is not None:
+        _log.info("Going on from %s.", checkpoint)
+    trainer.fit(task, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+
+    plots = draw(output / "metrics.jsonl", output / "plots")
+    summary = _summary(settings, path, data, output, seconds=time.monotonic() - started)
+    export(task.policy, tokenizer, output / "model", _card(settings, path, revision, summary))
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for logger in loggers[1:]:
+        logger.experiment.finish()
+    _log.info("Model: %s. Metrics: %s. Plots: %s.", output / "model", output / "metrics.jsonl",
+              ", ".join(plot.name for plot in plots))  # fmt: skip
+    return _headline(summary["eval"])
+
+
+def _checkpoint(settings: Settings, output: Path) -> Path | None:
+    """The checkpoint to go on from; None starts at step 0."""
+    if settings.resume is None:
+        return None
+    if settings.resume == "auto":
+        return newest(output / "checkpoints")
+    checkpoint = Path(settings.resume)
+    verify(checkpoint)
+    return checkpoint
+
+
+def _starting_point(settings: Settings) -> tuple[str, str | None]:
+    """The model to start from: the one named, else for SFT the recipe's base, for DPO its SFT output."""
+    model = settings.model
+    if model.path is not None:
+        return demo.locate(model.path), model.revision
+    base = demo.locate(model.base), model.base_revision
+    if settings.stage == "sft":
+        return base
+    trained = Path("outputs", settings.recipe, "sft", "model")
+    if (trained / "config.json").exists():
+        return str(trained), None
+    how = f"python train.py recipe={settings.recipe} stage=sft"
+    if not model.base.startswith("demo:"):
+        raise UserError(
+            f"stage=dpo starts from an SFT model, and {trained} does not exist. Make it with `{how}`, or name one with model.path=..."
+        )
+    _log.info("%s does not exist (`%s` makes it): starting from the untrained base model instead.", trained, how)
+    return base
+
+
+def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> DataModule:
+    kind = ChatData if settings.stage == "sft" else PreferenceData
+    source = settings.data
+    if (source.validation or "").startswith("demo:") and not source.train.startswith("demo:"):
+        _log.info("data.validation is the demo's, so there is no validation. Set data.validation=FILE to have one.")
+        source = replace(source, validation=None)
+    return kind(source, tokenizer, settings.trainer.max_epochs, settings.trainer.max_steps, settings.seed)  # type: ignore[arg-type]
+
+
+def _task(settings: Settings, path: str, revision: str | None, data: DataModule) -> Task:
+    model = settings.model
+    dtype = torch.bfloat16 if settings.trainer.precision == "bf16-true" else torch.float32
+    policy = load_policy(path, revision, dtype, model.lora, model.quantization, model.activation_checkpointing)
+    if settings.data.max_length > policy.config.max_position_embeddings:
+        raise UserError(
+            f"data.max_length={settings.data.max_length} exceeds the model's {policy.config.max_position_embeddings} positions."
+        )
+    steps_per_epoch = len(data.train.lengths) / settings.data.batch_size
+    if settings.objective is None:
+        return SFT(policy, settings.optimizer, data.total_steps, steps_per_epoch)
+    return DPO(policy, settings.optimizer, data.total_steps, steps_per_epoch, objective=settings.objective)
+
+
+def _loggers(settings: Settings, config: dict[str, Any], output: Path, data: DataModule, fresh: bool) -> list[Logger]:
+    loggers: list[Logger] = [MetricsFile(output)]
+    if (wandb := settings.logger) is not None:
+        from zephyr.observe.weights_and_biases import wandb_logger
+
+        loggers.append(
+            wandb_logger(
+                output, config, data.fingerprints, wandb.project, wandb.name, wandb.group, wandb.tags, fresh=fresh
+            )
+        )
+    return loggers
+
+
+def _trainer(
+    settings: Settings,
+    output: Path,
+    data: DataModule,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoints: Checkpoints,
+    loggers: list[Logger],
+) -> L.Trainer:
+    prompts, answers = data.prompts(settings.samples.count)
+    samples = Samples(tokenizer, prompts, settings.samples.max_new_tokens, output / "samples.jsonl", answers)
+    callbacks = [
+        Progress(settings.stage.upper()),
+        Throughput(reference=settings.stage == "dpo"),
+        samples,
+        StopOnSignal(checkpoints),
+        checkpoints,
+    ]
+    steps, every = data.total_steps, settings.trainer.eval_every_n_steps
+    return L.Trainer(
+        accelerator=settings.trainer.accelerator,
+        devices=settings.trainer.devices,
+        precision=settings.trainer.precision,
+        max_epochs=1,  # the loader yields every step of the run
+        max_steps=steps,
+        log_every_n_steps=settings.trainer.log_every_n_steps,
+        val_check_interval=steps if every is None else min(every, steps),
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if data.validation is not None else 0,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[FolderCheckpointIO(), LightningEnvironment()],
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        default_root_dir=output,
+    )
+
+
+def _claim(settings: Settings, path: str, data: DataModule) -> dict[str, Any]:
+    """What makes two runs the same run: a checkpoint of one that differs in it is refused."""
+    sections = {"optimizer": settings.optimizer, "objective": settings.objective, "model.lora": settings.model.lora}
+    claim: dict[str, Any] = {
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        if values is not None
+        for key, value in asdict(values).items()
+    }
+    return claim | {
+        "stage": settings.stage,
+        "seed": settings.seed,
+        "model.path": path,
+        "model.quantization": settings.model.quantization,
+        "data.batch_size": settings.data.batch_size,
+        "trainer.precision": settings.trainer.precision,
+        "total steps": data.total_steps,
+        "tokenised training data": data.fingerprints["train"],
+    }
+
+
+def _set_aside(output: Path, path: str) -> None:
+    """Make room for a new run: nothing of an earlier one is overwritten or mixed with it."""
+    if Path(path).resolve().is_relative_to(output.resolve()):
+        raise UserError(f"The model to start from, {path}, lies in output_dir={output}. Choose another output_dir.")
+    if (output / "metrics.jsonl").exists():
+        number = 1
+        while (aside := output.with_name(f"{output.name}.{number}")).exists():
+            number += 1
+        output.rename(aside)
+        _log.info("%s held an earlier run, which is now %s.", output, aside)
+
+
+def _summary(settings: Settings, path: str, data: DataModule, output: Path, seconds: float) -> dict[str, Any]:
+    """The run in figures: the last values of train/*, and the first and last of eval/*."""
+    rows = read(output / "metrics.jsonl")
+    train = [row for row in rows if "train/loss" in row]
+    evaluations = [
+        {name: value for name, value in row.items() if name.startswith("eval/")} for row in rows if "eval/loss" in row
+    ]
+    reports = {"train": data.train, "validation": data.validation}
+    return {
+        "recipe": settings.recipe,
+        "stage": settings.stage,
+        "started_from": path,
+        "steps": data.total_steps,
+        "seconds": round(seconds, 1),
+        "train": train[-1] if train else {},
+        "eval_at_start": evaluations[0] if evaluations else {},
+        "eval": evaluations[-1] if evaluations else {},
+        "data": {
+            name: {**examples.report._asdict(), "examples": len(examples.lengths), "unit": examples.unit}
+            for name, examples in reports.items()
+            if examples is not None
+        },
+    }
+
+
+def _card(settings: Settings, path: str, revision: str | None, summary: dict[str, Any]) -> Card:
+    data, optimizer = settings.data, settings.optimizer
+    training = {
+        "optimizer steps": summary["steps"],
+        f"{summary['data']['train']['unit']} a step": data.batch_size,
+        "longest sequence (tokens)": data.max_length,
+        "optimizer": optimizer.name,
+        "peak learning rate": optimizer.lr,
+        "schedule": f"{optimizer.schedule}, {optimizer.warmup_ratio:.0%} warm-up",
+        "precision": settings.trainer.precision,
+        "seed": settings.seed,
+    }
+    if settings.objective is not None:
+        training |= {"objective": settings.objective.name, "beta": settings.objective.beta}
+    if settings.model.lora is not None:
+        training |= {"LoRA rank": settings.model.lora.rank, "LoRA alpha": settings.model.lora.alpha}
+    return Card(
+        name=f"{settings.recipe}-{settings.stage}",
+        stage=settings.stage,
+        base_model=path,
+        base_revision=revision,
+        datasets=[data.train.partition("@")[0]],
+        fingerprints={split: report["fingerprint"] for split, report in summary["data"].items()},
+        training=training,
+        metrics={name: value for name, value in {**summary["train"], **summary["eval"]}.items() if "/" in name},
+    )
+
+
+def _headline(evaluation: dict[str, float]) -> float | None:
+    return evaluation.get("eval/rewards/accuracies", evaluation.get("eval/loss"))
+
+
+def _speak() -> None:
+    """Let Zephyr speak on standard error, one plain line at a time, and Lightning only when something is wrong."""
+    if not _log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        _log.addHandler(handler)
+        _log.setLevel(logging.INFO)
+        _log.propagate = False
+    for noisy in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # Lightning's own, on torch 2.13
