@@ -58,7 +58,8 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
         _log.info("%s is finished already; without resume=auto it is trained anew.", output)
         return _headline(json.loads((output / "summary.json").read_text())["eval"])
     checkpoint = _checkpoint(settings, output)
-    path, revision = _starting_point(settings)
+    start, revision = _starting_point(settings)
+    path = demo.locate(start)
     check_policy(path, revision)
 
     if settings.trainer.threads is not None:
@@ -71,7 +72,7 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
         output / "checkpoints",
         settings.checkpoint.every_n_steps,
         settings.checkpoint.keep,
-        claim=_claim(settings, path, data),
+        claim=_claim(settings, start, data),
     )
     if checkpoint is not None:
         checkpoints.check(checkpoint)
@@ -83,7 +84,7 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         rewind(output / name, -1 if checkpoint is None else finished_steps)
 
-    _log.info("%s from %s: %s steps of %s %s.", settings.stage.upper(), path, data.total_steps, settings.data.batch_size,
+    _log.info("%s from %s: %s steps of %s %s.", settings.stage.upper(), start, data.total_steps, settings.data.batch_size,
               data.train.unit)  # fmt: skip
     task = _task(settings, path, revision, data)
     loggers = _loggers(settings, config, output, data, fresh=checkpoint is None)
@@ -95,8 +96,8 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
     trainer.fit(task, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
 
     plots = draw(output / "metrics.jsonl", output / "plots")
-    summary = _summary(settings, path, data, output, seconds=time.monotonic() - started)
-    export(task.policy, tokenizer, output / "model", _card(settings, path, revision, summary))
+    summary = _summary(settings, start, data, output, seconds=time.monotonic() - started)
+    export(task.policy, tokenizer, output / "model", _card(settings, start, revision, summary))
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for logger in loggers[1:]:
         logger.experiment.finish()
@@ -120,8 +121,8 @@ def _starting_point(settings: Settings) -> tuple[str, str | None]:
     """The model to start from: the one named, else for SFT the recipe's base, for DPO its SFT output."""
     model = settings.model
     if model.path is not None:
-        return demo.locate(model.path), model.revision
-    base = demo.locate(model.base), model.base_revision
+        return model.path, model.revision
+    base = model.base, model.base_revision
     if settings.stage == "sft":
         return base
     trained = Path("outputs", settings.recipe, "sft", "model")

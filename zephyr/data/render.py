@@ -31,16 +31,18 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises UserError when it cannot be loaded, is not a fast one, or has no end-of-sequence token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        # legacy=False is pinned because transformers does not save the flag: a legacy tokenizer would come back from
+        # an export as another one. The legacy spelling differs by a lone space piece behind every </s>.
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, legacy=False)
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot load a tokenizer from {path!r} (model.path): {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer of {path!r} has no fast version (tokenizer.json), which labelling needs.")
     if tokenizer.eos_token is None:
         raise UserError(f"The tokenizer of {path!r} has no eos_token: a turn could never end.")
-    if getattr(tokenizer, "add_bos_token", False):
-        tokenizer.add_bos_token = False
-    if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+    if _adds_bos(tokenizer):
+        tokenizer.add_bos_token = False  # also rewrites the post-processor, which the saved tokenizer keeps
+    if _adds_bos(tokenizer):
         raise UserError(f"The tokenizer of {path!r} adds a BOS that cannot be turned off; Zephyr's format has none.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -128,6 +130,10 @@ def _completion(prompt: list[int], whole: Conversation) -> list[int] | None:
     if whole.ids[: len(prompt)] != prompt or end <= len(prompt):
         return None
     return whole.ids[len(prompt) : end]
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("a").input_ids
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,124 @@
+"""Stopping on SIGTERM or Ctrl-C: after the optimizer step, with a checkpoint, and never with status 0."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from zephyr.checkpoint import Checkpoints
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal ended the run: exit with 128 + signal. Not an Exception: `except Exception` must miss it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signal = signal.Signals(signum)
+        super().__init__(f"stopped by {self.signal.name}")
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise Stopped at once; while training, StopOnSignal takes them over."""
+    before = _install(_raise)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+class StopOnSignal(Callback):
+    """Lets the optimizer step end that a signal falls into, saves it through `checkpoints`, raises Stopped.
+
+    A second Ctrl-C does not wait. A validation that is due or under way is left to the resumed run.
+    All ranks stop at the same step, whichever of them got the signal.
+    """
+
+    # Stopped is raised one hook after on_train_batch_end: only then do the loggers have the step's metrics
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self._received: int | None = None
+        self._stopping = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # here, because Lightning registers handlers of its own shortly before
+        self._before = _install(self._receive)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stopping:
+            raise self._stopped()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.checkpoints.wanted = self._agree(trainer)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn == "fit" and self._agree(trainer):
+            if trainer.global_step > 0:
+                self.checkpoints.save(trainer, validated=False)
+            raise self._stopped()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.checkpoints.wanted = self._agree(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _restore(self._before)
+        if self._agree(trainer):
+            self.checkpoints.save(trainer)
+            raise self._stopped()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        _restore(self._before)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self._received is not None:
+            raise Stopped(signum)
+        self._received = self._received or signum
+
+    def _agree(self, trainer: Trainer) -> bool:
+        self._stopping = trainer.strategy.reduce_boolean_decision(self._received is not None, all=False)
+        return self._stopping
+
+    def _stopped(self) -> Stopped:
+        return Stopped(self._received or signal.SIGTERM)  # another rank got the signal: SIGTERM, most likely
+
+
+def _raise(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(signum)
+
+
+def _install(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Handle SIGNALS in this process and return the handlers it had."""
+    owner = os.getpid()  # forked data workers inherit the handler, and a terminal sends Ctrl-C to them too
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            handler(signum, frame)
+        elif signum == signal.SIGTERM:
+            os._exit(128 + signum)
+
+    return {signum: signal.signal(signum, handle) for signum in SIGNALS}
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    handlers.clear()

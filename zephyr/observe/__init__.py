@@ -1,0 +1,1 @@
+"""Seeing a run: its metrics, plots, progress, throughput and sample answers."""
