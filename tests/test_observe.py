@@ -166,7 +166,7 @@ def test_smoothing_leaves_a_straight_line_alone() -> None:
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
-    fit([Throughput(), Progress("SFT", Console(file=out), seconds=0)], logger=False)
+    fit([Throughput(), Progress("SFT", 8, Console(file=out), seconds=0)], logger=False)
     lines = out.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["2/8", "4/8", "4/8", "6/8", "8/8", "8/8"]
     assert lines[0].startswith("SFT  2/8  loss 12.0000  ") and " tokens/s  elapsed 0:00:" in lines[0]
@@ -176,13 +176,13 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_plain_lines_keep_their_distance() -> None:
     out = io.StringIO()
-    fit([Progress("SFT", Console(file=out), seconds=3600)], logger=False)
+    fit([Progress("SFT", 8, Console(file=out), seconds=3600)], logger=False)
     assert [line.split()[1] for line in out.getvalue().splitlines() if "eval" not in line] == ["2/8", "8/8"]
 
 
 def test_a_bar_on_a_terminal() -> None:
     out = io.StringIO()
-    fit([Throughput(), Progress("DPO", Console(file=out, force_terminal=True, width=120))], logger=False)
+    fit([Throughput(), Progress("DPO", 8, Console(file=out, force_terminal=True, width=120))], logger=False)
     bars = [
         line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).splitlines() if "DPO" in line
     ]

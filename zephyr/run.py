@@ -89,21 +89,30 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
     task = _task(settings, path, revision, data)
     loggers = _loggers(settings, config, output, data, fresh=checkpoint is None)
     trainer = _trainer(settings, output, data, tokenizer, checkpoints, loggers)
-    if checkpoint is None and data.validation is not None:
-        trainer.validate(task, data, verbose=False)  # the curves begin with the model before its first step
-    if checkpoint is not None:
-        _log.info("Going on from %s.", checkpoint)
-    trainer.fit(task, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
-
-    plots = draw(output / "metrics.jsonl", output / "plots")
-    summary = _summary(settings, start, data, output, seconds=time.monotonic() - started)
-    export(task.policy, tokenizer, output / "model", _card(settings, start, revision, summary))
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    for logger in loggers[1:]:
-        logger.experiment.finish()
+    try:
+        _fit(trainer, task, data, checkpoint, output)
+        plots = draw(output / "metrics.jsonl", output / "plots")
+        summary = _summary(settings, start, data, output, seconds=time.monotonic() - started)
+        export(task.policy, tokenizer, output / "model", _card(settings, start, revision, summary))
+        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    finally:
+        for logger in loggers[1:]:
+            logger.experiment.finish()
     _log.info("Model: %s. Metrics: %s. Plots: %s.", output / "model", output / "metrics.jsonl",
               ", ".join(plot.name for plot in plots))  # fmt: skip
     return _headline(summary["eval"])
+
+
+def _fit(trainer: L.Trainer, task: Task, data: DataModule, checkpoint: Path | None, output: Path) -> None:
+    """Train, with a validation before the first step and one after the last."""
+    if checkpoint is not None:
+        _log.info("Going on from %s.", checkpoint)
+    elif data.validation is not None:
+        trainer.validate(task, data, verbose=False)
+    trainer.fit(task, data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    validated = {row["step"] for row in read(output / "metrics.jsonl") if "eval/loss" in row}
+    if data.validation is not None and data.total_steps not in validated:
+        trainer.validate(task, data, verbose=False)
 
 
 def _checkpoint(settings: Settings, output: Path) -> Path | None:
@@ -184,8 +193,8 @@ def _trainer(
     prompts, answers = data.prompts(settings.samples.count)
     samples = Samples(tokenizer, prompts, settings.samples.max_new_tokens, output / "samples.jsonl", answers)
     callbacks = [
-        Progress(settings.stage.upper()),
         Throughput(reference=settings.stage == "dpo"),
+        Progress(settings.stage.upper(), data.total_steps),
         samples,
         StopOnSignal(checkpoints),
         checkpoints,
@@ -196,7 +205,6 @@ def _trainer(
         devices=settings.trainer.devices,
         precision=settings.trainer.precision,
         max_epochs=1,  # the loader yields every step of the run
-        max_steps=steps,
         log_every_n_steps=settings.trainer.log_every_n_steps,
         val_check_interval=steps if every is None else min(every, steps),
         check_val_every_n_epoch=None,
@@ -312,4 +320,10 @@ def _speak() -> None:
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     disable_progress_bar()
-    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # Lightning's own, on torch 2.13
+    for noise in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own, on torch 2.13
+        r"Found \d+ module\(s\) in eval mode",  # the reference, as it should be
+        r".*dataloader that is not resumable",  # it is: the data module keeps the position
+        r"The '\w+_dataloader' does not have many workers",  # packing is fast enough in the loop
+    ):
+        warnings.filterwarnings("ignore", noise)

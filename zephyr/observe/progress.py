@@ -20,9 +20,12 @@ class Progress(ProgressBar):
     Metrics are read at logged steps alone, since reading waits for the device. Put it behind Throughput.
     """
 
-    def __init__(self, description: str, console: Console | None = None, seconds: float = 10.0) -> None:
+    def __init__(
+        self, description: str, total: int, console: Console | None = None, seconds: float = 10.0
+    ) -> None:
         super().__init__()
         self.description = description
+        self.total = total  # optimizer steps of the whole run, those before a resume included
         self.seconds = seconds  # at least so long between two plain lines
         self._console = console or Console()
         self._enabled = True
@@ -39,10 +42,9 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first, self._started = trainer.global_step, time.monotonic()
-        self._total = _total(trainer)
         if self._enabled and self._console.is_interactive:
             self._train = self._open().add_task(
-                self.description, total=self._total, completed=self._first, metrics=_metrics(trainer)
+                self.description, total=self.total, completed=self._first, metrics=_metrics(trainer)
             )
 
     def on_train_batch_end(
@@ -51,14 +53,14 @@ class Progress(ProgressBar):
         if not self._enabled:
             return
         step = trainer.global_step
-        logged = step == self._total or is_logged(trainer)
+        logged = step == self.total or is_logged(trainer)
         if self._bars is not None and self._train is not None:
             self._bars.update(self._train, completed=step)
             if logged:
                 self._bars.update(self._train, metrics=_metrics(trainer))
-        elif logged and (step == self._total or time.monotonic() - self._printed >= self.seconds):
+        elif logged and (step == self.total or time.monotonic() - self._printed >= self.seconds):
             self._printed = time.monotonic()
-            self._print(f"{step}/{self._total}", _metrics(trainer), self._times(step))
+            self._print(f"{step}/{self.total}", _metrics(trainer), self._times(step))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._enabled and self._console.is_interactive:
@@ -83,7 +85,7 @@ class Progress(ProgressBar):
             self._bars.remove_task(self._validation)
             self._validation = None
         elif self._enabled and (loss := trainer.callback_metrics.get("eval/loss")) is not None:
-            self._print(f"{trainer.global_step}/{_total(trainer)}", f"eval loss {float(loss):.4f}")
+            self._print(f"{trainer.global_step}/{self.total}", f"eval loss {float(loss):.4f}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._close()
@@ -116,17 +118,12 @@ class Progress(ProgressBar):
 
     def _times(self, step: int) -> str:
         elapsed = time.monotonic() - self._started
-        remaining = elapsed / (step - self._first) * (self._total - step)
+        remaining = elapsed / (step - self._first) * (self.total - step)
         return f"elapsed {_clock(elapsed)}  ETA {_clock(remaining)}"
 
     def _print(self, *parts: str) -> None:
         line = "  ".join(part for part in (self.description, *parts) if part)
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _total(trainer: L.Trainer) -> int:
-    """Optimizer steps of the whole run, those before a resume included."""
-    return int(min(steps for steps in (trainer.max_steps, trainer.num_training_batches) if steps >= 0))
 
 
 def _metrics(trainer: L.Trainer) -> str:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from transformers import PreTrainedTokenizerBase
@@ -37,8 +36,7 @@ class Samples(Callback):
         if trainer.sanity_checking or not self.conversations:
             return
         # Every rank generates, as a sharded model needs all of them; the first one writes.
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            answers = generate(pl_module.policy, self.tokenizer, self.conversations, self.max_new_tokens)
+        answers = generate(pl_module.policy, self.tokenizer, self.conversations, self.max_new_tokens)
         if not trainer.is_global_zero:
             return
         rows = [
