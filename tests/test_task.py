@@ -1,0 +1,137 @@
+"""The optimizer step: micro-batches, normalisation, what trains, what is saved."""
+
+import copy
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+from tests import tiny
+from tests.test_parity import ADAMW, dpo_task, perturbed, random_pairs
+from torch.testing import assert_close
+
+from zephyr import settings
+from zephyr.data.batch import Conversation, pack_conversations, pack_pairs
+from zephyr.dpo import DPO
+from zephyr.models.attention import SEGMENTS
+from zephyr.sft import SFT
+
+
+def conversations(count=8):
+    """Of very different lengths and shares of scored tokens."""
+    found = []
+    for number, (prompt, chosen, _) in enumerate(random_pairs(count)):
+        kept = chosen[: 2 + 5 * number]
+        found.append(Conversation(prompt + kept, [False] * len(prompt) + [True] * len(kept)))
+    return found
+
+
+def step_gradient(task, batches):
+    """The clipped gradient of one training step, which moves nothing, and what the step logs."""
+    optimizer = torch.optim.SGD([*task.trainable()], lr=0.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    task.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": schedule}
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, limit_val_batches=0, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(task, torch.utils.data.DataLoader([batches], batch_size=None))
+    return {name: p.grad for name, p in task.policy.named_parameters()}, trainer.callback_metrics
+
+
+@pytest.mark.parametrize("split", [[8], [1] * 8, [1, 4, 3]], ids=str)
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_split_into_micro_batches_changes_nothing(stage, split):
+    unclipped = replace(ADAMW, max_grad_norm=None)
+    reference = tiny.model(0)
+    policy = perturbed(reference)
+
+    def task():
+        if stage == "sft":
+            return SFT(copy.deepcopy(policy), unclipped, 10, 10.0)
+        task = dpo_task(copy.deepcopy(reference), copy.deepcopy(policy))
+        task.settings = unclipped
+        return task
+
+    policy.set_attn_implementation(SEGMENTS)
+    items = conversations() if stage == "sft" else random_pairs(8)
+    pack = pack_conversations if stage == "sft" else pack_pairs
+    edges = [sum(split[:i]) for i in range(len(split) + 1)]
+    whole, whole_metrics = step_gradient(task(), [pack(items)])
+    parts, metrics = step_gradient(task(), [pack(items[a:b]) for a, b in zip(edges, edges[1:], strict=False)])
+    for name, gradient in whole.items():
+        assert (parts[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-9, name
+    assert metrics.keys() == whole_metrics.keys()
+    for name, value in whole_metrics.items():
+        assert_close(metrics[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_clipped_by_its_global_norm():
+    policy = tiny.model(0, attn_implementation=SEGMENTS)
+    tight = replace(ADAMW, max_grad_norm=0.5)
+    gradient, metrics = step_gradient(SFT(policy, tight, 10, 10.0), [pack_conversations(conversations())])
+    norm = torch.stack([g.norm() for g in gradient.values()]).norm()
+    assert_close(norm, torch.tensor(0.5), rtol=1e-4, atol=0)
+    assert metrics["train/grad_norm"] > 0.5  # what is logged is the norm before clipping
+
+
+def test_only_the_policy_trains_and_only_what_trains_is_saved():
+    task = DPO(tiny.model(0), ADAMW, 10, 10.0, objective=settings.Objective("sigmoid", 0.1))
+    assert task.policy.training and not task.reference.training
+    assert all(p.requires_grad for p in task.policy.parameters())
+    assert not any(p.requires_grad for p in task.reference.parameters())
+    [group] = [{id(p) for group in task.configure_optimizers()["optimizer"].param_groups for p in group["params"]}]
+    assert group == {id(p) for p in task.policy.parameters()}
+    checkpoint = {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) == {f"policy.{name}" for name, _ in task.policy.named_parameters()}
+
+
+def test_a_checkpoint_of_other_weights_is_refused():
+    from zephyr.errors import UserError
+
+    task = SFT(tiny.model(0), ADAMW, 10, 10.0)
+    with pytest.raises(UserError, match="holds other weights than this model trains, first 'policy.x'"):
+        task.on_load_checkpoint({"state_dict": {**dict(task.named_parameters()), "policy.x": torch.zeros(1)}})
+
+
+def test_dpo_trains_without_dropout():
+    policy = tiny.model(0, attention_dropout=0.5)
+    task = DPO(policy, ADAMW, 10, 10.0, objective=settings.Objective("sigmoid", 0.1))
+    policy.set_attn_implementation(SEGMENTS)
+    task.reference.set_attn_implementation(SEGMENTS)
+    loss, sums = task.loss(pack_pairs(random_pairs()))
+    assert sums["rewards/margins"] == 0 and loss.item() / 4 == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_weight_decay_spares_vectors():
+    optimizer = replace(ADAMW, weight_decay=0.1)
+    groups = SFT(tiny.model(0), optimizer, 10, 10.0).configure_optimizers()["optimizer"].param_groups
+    decays = {group["weight_decay"]: {p.ndim for p in group["params"]} for group in groups}
+    assert decays == {0.1: {2}, 0.0: {1}}
+
+
+def test_warmup_is_a_share_of_all_steps_rounded_up():
+    configured = SFT(tiny.model(0), ADAMW, 25, 10.0).configure_optimizers()
+    scheduler = configured["lr_scheduler"]
+    rates = []
+    for _ in range(5):
+        rates.append(scheduler.get_last_lr()[0])
+        configured["optimizer"].step()
+        scheduler.step()
+    assert rates == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3 * 21 / 22])  # 3 of 25 steps, then 22 of decay
+
+
+def test_validation_weighs_by_units():
+    """A micro-batch of three pairs counts three times one of a single pair."""
+    reference = tiny.model(0)
+    task = dpo_task(reference, perturbed(reference))
+    pairs = random_pairs(4)
+    batches = [[pack_pairs(pairs[:3])], [pack_pairs(pairs[3:])]]
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    [found] = trainer.validate(task, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
+    loss, sums = task.loss(pack_pairs(pairs))
+    expected = {f"eval/{name}": value.item() / 4 for name, value in {"loss": loss, **sums}.items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
