@@ -44,8 +44,13 @@ def command(folder: Path, stage: str, output: Path, *overrides: str) -> list[str
     ]  # fmt: skip
 
 
-def train(folder: Path, stage: str, output: Path, *overrides: str, check: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(folder, stage, output, *overrides), cwd=ROOT, capture_output=True, text=True)
+def train(
+    folder: Path, stage: str, output: Path, *overrides: str, check: int = 0, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(folder, stage, output, *overrides), cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
     assert done.returncode == check, done.stderr
     return done
 

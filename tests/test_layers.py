@@ -9,7 +9,7 @@ APEX = ("__init__.py", "errors.py", "settings.py", "run.py")  # the leaves all m
 EVERYWHERE = {"zephyr", "zephyr.errors", "zephyr.settings"}
 ALLOWED = {  # part -> parts of the package that it may import, beside errors and settings
     "demo": {"demo", "data.render", "generate", "observe.metrics"},
-    "data": {"data", "demo"},
+    "data": {"data"},
     "models": {"models", "data.batch"},
     "objectives": set(),
     "schedule": set(),

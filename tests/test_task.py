@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from zephyr import settings
 from zephyr.data.batch import Conversation, pack_conversations, pack_pairs
 from zephyr.dpo import DPO
+from zephyr.errors import UserError
 from zephyr.models.attention import SEGMENTS
 from zephyr.sft import SFT
 
@@ -75,6 +76,16 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     assert metrics["train/grad_norm"] > 0.5  # what is logged is the norm before clipping
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_update():
+    policy = tiny.model(0, attn_implementation=SEGMENTS)
+    with torch.no_grad():
+        policy.lm_head.weight[3, 3] = torch.inf
+    before = copy.deepcopy(policy.state_dict())
+    with pytest.raises(UserError, match="gradient of step 1 is not finite"):
+        step_gradient(SFT(policy, ADAMW, 10, 10.0), [pack_conversations(conversations())])
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+
+
 def test_only_the_policy_trains_and_only_what_trains_is_saved():
     task = DPO(tiny.model(0), ADAMW, 10, 10.0, objective=settings.Objective("sigmoid", 0.1))
     assert task.policy.training and not task.reference.training
@@ -88,8 +99,6 @@ def test_only_the_policy_trains_and_only_what_trains_is_saved():
 
 
 def test_a_checkpoint_of_other_weights_is_refused():
-    from zephyr.errors import UserError
-
     task = SFT(tiny.model(0), ADAMW, 10, 10.0)
     with pytest.raises(UserError, match="holds other weights than this model trains, first 'policy.x'"):
         task.on_load_checkpoint({"state_dict": {**dict(task.named_parameters()), "policy.x": torch.zeros(1)}})

@@ -1,11 +1,14 @@
 """A run is a command, so it is tested as one: both stages, what they leave, stopping and going on."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from tests.commands import ROOT, metrics, start, steps_done, train, weights, world
@@ -138,6 +141,25 @@ def test_bf16_trains(tmp_path):
     train(folder, "dpo", folder / "bf16", "trainer.precision=bf16-mixed", "model.activation_checkpointing=true")
     loss = column(folder / "bf16", "train/loss")
     assert loss[0] == pytest.approx(0.693147, abs=1e-3) and loss[-1] < loss[0]
+
+
+def test_models_and_data_come_from_the_hubs_cache(tmp_path):
+    """A snapshot as huggingface_hub keeps it stands in for the download; nothing else is different."""
+    folder, commit = world(tmp_path), "0123456789abcdef0123456789abcdef01234567"
+    hub = tmp_path / "hub"
+    shutil.copytree(folder / "base", hub / "models--org--base" / "snapshots" / commit)
+    data = hub / "datasets--org--pairs" / "snapshots" / commit / "data"
+    data.mkdir(parents=True)
+    for split in ("train_prefs", "test_prefs"):
+        rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+        pq.write_table(pa.Table.from_pylist(rows), data / f"{split}-00000-of-00001-x.parquet")
+    source = [f"data.{name}=org/pairs@{commit}:{split}" for name, split in (("train", "train_prefs"), ("validation", "test_prefs"))]
+    train(
+        folder, "dpo", folder / "dpo", "trainer.max_steps=2", "model.path=org/base", f"model.revision={commit}", *source,
+        environment={"HF_HUB_CACHE": str(hub)},
+    )  # fmt: skip
+    card = (folder / "dpo/model/README.md").read_text()
+    assert "base_model: org/base" in card and "org/pairs" in card and commit in card
 
 
 def test_the_root_is_left_clean(runs):
