@@ -6,19 +6,23 @@ The only place that knows Hydra: it composes the configuration, turns it into pl
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from zephyr.errors import UserError
 from zephyr.settings import nearest, parse
 
 CONF = "conf"
+MULTIRUN = ("-m", "--multirun")
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
@@ -38,7 +42,7 @@ def job(cfg: DictConfig) -> float | None:
             print(f"Stopped by {stopped.signal.name}. Go on with resume=auto.", file=sys.stderr)
             sys.exit(128 + stopped.signal)
     except (UserError, OmegaConfBaseException) as error:
-        fail(str(error))
+        fail(explain(error))
 
 
 def as_dict(cfg: DictConfig) -> dict[str, Any]:
@@ -47,26 +51,82 @@ def as_dict(cfg: DictConfig) -> dict[str, Any]:
 
 
 def explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages in one or two lines, with the nearest name where one was misspelt."""
+    """A mistake in one or two lines: ours as they are, Hydra's and OmegaConf's in our words, with the nearest name."""
     text = str(error).strip()
+    if isinstance(error, UserError):
+        return text
     if match := re.match(r"Could not override '([^']+)'", text):
-        name = match.group(1).split("@")[0]
-        group, _, key = name.rpartition(".")
-        known = OmegaConf.select(_defaults(), group) if group else _defaults()
-        if not isinstance(known, DictConfig):
-            return f"There is no group {group!r} here (stage=dpo has an objective, stage=sft has none)."
-        return f"{group or 'The configuration'} has no key {key!r}.{nearest(key, map(str, known))}"
-    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
-        group, choice = match.groups()
-        choices = sorted(f[:-5] for f in os.listdir(f"{os.path.dirname(__file__) or '.'}/{CONF}/{group}") if f.endswith(".yaml"))
-        return f"Unknown {group} {choice!r}. Choose one of: {', '.join(choices)}.{nearest(choice, choices)}"
+        return _unknown(match.group(1).split("@")[0])
+    for argument in sys.argv[1:]:
+        group, _, value = argument.partition("=")
+        choices = _choices(group) if group.isidentifier() else []
+        for choice in value.strip("[]").split(",") if choices else ():
+            if choice not in choices:
+                return f"Unknown {group} {choice!r}. Choose one of: {', '.join(choices)}.{nearest(choice, choices)}"
+    if match := re.match(r"Ambiguous value for argument '(.*)'", text):
+        return f"{_unreadable(match.group(1))} To run each of several values, add -m."
+    if "override_grammar" in text and (argument := _not_an_override()):
+        return _unreadable(argument)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set: give {error.full_key}=VALUE."
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {text.splitlines()[0]}."
     return text
 
 
-def _defaults() -> DictConfig:
-    groups = [arg for arg in sys.argv[1:] if re.match(r"(stage|recipe|trainer|logger)=\w[\w-]*$", arg)]
+def _unknown(name: str) -> str:
+    """What to say of a key that the configuration lacks."""
+    group, _, key = name.rpartition(".")
+    here = _compose()
+    known = OmegaConf.select(here, group) if group else here
+    for stage in _choices("stage"):
+        if _has(_compose(stage), name) or (group and not _has(here, group) and _has(_compose(stage), group)):
+            return f"{name} belongs to stage={stage}, and this run is another stage."
+    if isinstance(known, DictConfig):
+        return f"{group or 'The configuration'} has no key {key!r}.{nearest(key, map(str, known))}"
+    if _has(here, group):
+        whole = " or ".join(_choices(group)) or f"{{{key}: ..., ...}}"
+        return f"{group} is null here, so it has no {key!r}: choose '{group}={whole}'."
+    return f"There is no group {group!r}.{nearest(group, map(str, here))}"
+
+
+def _unreadable(argument: str) -> str:
+    """What to say of an argument that Hydra's grammar refuses."""
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return f"Cannot read {argument!r}: write key=value, in quotes as a whole if the value holds a space."
+    value = value.strip("'\"=")
+    return f"Cannot read {argument!r}. A value with = , ( [ {{ or $ needs two pairs of quotes: '{key}=\"{value}\"'"
+
+
+def _not_an_override() -> str | None:
+    parser = OverridesParser.create()
+    for argument in sys.argv[1:]:
+        try:
+            if not argument.startswith("-"):
+                parser.parse_override(argument)
+        except HydraException:
+            return argument
+    return None
+
+
+def _has(cfg: DictConfig, name: str) -> bool:
+    group, _, key = name.rpartition(".")
+    node = OmegaConf.select(cfg, group) if group else cfg
+    return isinstance(node, DictConfig) and key in list(node)  # `in` the node itself is False for ???
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in Path(__file__).parent.joinpath(CONF, group).glob("*.yaml"))
+
+
+def _compose(stage: str | None = None) -> DictConfig:
+    """The configuration of the command line's groups alone, or of another stage with them."""
+    chosen = dict(argument.split("=", 1) for argument in sys.argv[1:] if argument.count("=") == 1)
+    groups = {group: chosen[group] for group in ("stage", "recipe", "trainer", "logger") if group in chosen}
+    groups |= {"stage": stage} if stage else {}
     with hydra.initialize(version_base="1.3", config_path=CONF):
-        return hydra.compose("train", groups)
+        return hydra.compose("train", [f"{group}={choice}" for group, choice in groups.items() if "," not in choice])
 
 
 def fail(message: str) -> NoReturn:
@@ -75,9 +135,31 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def check_sweep() -> None:
+    """Compose and parse every job of a sweep, so that the last one's mistake does not wait for the others to end."""
+    overrides = OverridesParser.create().parse_overrides([arg for arg in sys.argv[1:] if not arg.startswith("-")])
+    if any(override.key_or_group.startswith("hydra") for override in overrides):
+        return  # another sweeper or launcher may read them in another way
+    with hydra.initialize(version_base="1.3", config_path=CONF):
+        for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None):
+            for job_overrides in batch:
+                parse(as_dict(hydra.compose("train", list(job_overrides))))
+
+
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise mistakes to here
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in MULTIRUN)  # Hydra wants it in front
     try:
+        if sys.argv[1:] and sys.argv[1] in MULTIRUN:
+            check_sweep()
         job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        fail(explain(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.strerror}: {error.filename}")  # no permission, too long a name, a full disk
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's, of logger=null
+            raise
         fail(explain(error))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zephyr.errors import UserError
+from zephyr.errors import UserError, reason
 
 if TYPE_CHECKING:
     from zephyr.data.render import Message
@@ -101,9 +101,10 @@ def load(folder: Path, device: str = "auto") -> tuple[Any, Any]:
         model: Any = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype="auto")
         if adapter.exists():
             model = _with_adapter(model, folder)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"Cannot load {folder} on {device}: {reason}") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever kind: the files are the user's, and the reason is in the message
+        raise UserError(f"Cannot load {folder} on {device}: {reason(error)}") from error
     return model.to(target).eval(), tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and what other libraries' exceptions come down to."""
 
 
 class UserError(Exception):
@@ -6,3 +6,10 @@ class UserError(Exception):
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+
+def reason(error: Exception) -> str:
+    """The first line of another library's message, with the next one where it only announces it, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[: 1 + lines[0].endswith(":")]).rstrip(",;:")
+    return text if text.endswith((".", "!", "?")) else f"{text}."

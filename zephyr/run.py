@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from zephyr import demo
-from zephyr.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
+from zephyr.checkpoint import STEP, Checkpoints, FolderCheckpointIO, newest, verify
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import load_tokenizer
 from zephyr.dpo import DPO
@@ -60,12 +61,13 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
     checkpoint = _checkpoint(settings, output)
     start, revision = _starting_point(settings)
     path = demo.locate(start)
-    check_policy(path, revision)
+    model = check_policy(path, revision, settings.model.lora)
 
     if settings.trainer.threads is not None:
         torch.set_num_threads(settings.trainer.threads)
     L.seed_everything(settings.seed, workers=True, verbose=False)
     tokenizer = load_tokenizer(path, revision)
+    _check(settings, output, path, model, tokenizer)
     data = _data(settings, tokenizer)
     data.load()
     checkpoints = Checkpoints(
@@ -76,17 +78,17 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
     )
     if checkpoint is not None:
         checkpoints.check(checkpoint)
-    elif settings.resume is None:
-        _set_aside(output, path)
+    _log.info("%s from %s: %s steps of %s %s.", settings.stage.upper(), start, data.total_steps, settings.data.batch_size,
+              data.train.unit)  # fmt: skip
+    task = _task(settings, path, revision, data)
+    if settings.resume is None:  # nothing is written before the model has loaded
+        _set_aside(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True))
     finished_steps = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
     for name in ("metrics.jsonl", "samples.jsonl"):
         rewind(output / name, -1 if checkpoint is None else finished_steps)
 
-    _log.info("%s from %s: %s steps of %s %s.", settings.stage.upper(), start, data.total_steps, settings.data.batch_size,
-              data.train.unit)  # fmt: skip
-    task = _task(settings, path, revision, data)
     loggers = _loggers(settings, config, output, data, fresh=checkpoint is None)
     trainer = _trainer(settings, output, data, tokenizer, checkpoints, loggers)
     try:
@@ -122,6 +124,11 @@ def _checkpoint(settings: Settings, output: Path) -> Path | None:
     if settings.resume == "auto":
         return newest(output / "checkpoints")
     checkpoint = Path(settings.resume)
+    if checkpoint.is_dir() and STEP.fullmatch(checkpoint.name) is None:
+        raise UserError(
+            f"resume={checkpoint} is no checkpoint: they are the folders output_dir/checkpoints/step-NUMBER. "
+            "resume=auto takes the newest."
+        )
     verify(checkpoint)
     return checkpoint
 
@@ -135,7 +142,7 @@ def _starting_point(settings: Settings) -> tuple[str, str | None]:
     if settings.stage == "sft":
         return base
     trained = Path("outputs", settings.recipe, "sft", "model")
-    if (trained / "config.json").exists():
+    if any((trained / name).exists() for name in ("config.json", "adapter_config.json")):
         return str(trained), None
     how = f"python train.py recipe={settings.recipe} stage=sft"
     if not model.base.startswith("demo:"):
@@ -147,22 +154,42 @@ def _starting_point(settings: Settings) -> tuple[str, str | None]:
 
 
 def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> DataModule:
-    kind = ChatData if settings.stage == "sft" else PreferenceData
+    kind: type[DataModule] = ChatData if settings.stage == "sft" else PreferenceData
     source = settings.data
-    if (source.validation or "").startswith("demo:") and not source.train.startswith("demo:"):
+    validation = source.validation
+    if (validation or "").startswith("demo:") and not source.train.startswith("demo:"):
         _log.info("data.validation is the demo's, so there is no validation. Set data.validation=FILE to have one.")
-        source = replace(source, validation=None)
-    return kind(source, tokenizer, settings.trainer.max_epochs, settings.trainer.max_steps, settings.seed)  # type: ignore[arg-type]
+        validation = None
+    source = replace(source, train=demo.locate(source.train), validation=validation and demo.locate(validation))
+    return kind(source, tokenizer, settings.trainer.max_epochs, settings.trainer.max_steps, settings.seed)
+
+
+def _check(settings: Settings, output: Path, path: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be known of machine, folders and model before data and weights are read. `model` is its config."""
+    if settings.trainer.accelerator == "gpu" and not torch.accelerator.is_available():
+        raise UserError("trainer.accelerator=gpu, but torch sees no GPU. Take auto or cpu, or mend the installation.")
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"Cannot write to output_dir={output}: {existing} is not a folder that you may write to.")
+    if Path(path).resolve().is_relative_to(output.resolve()):
+        raise UserError(f"The model to start from, {path}, lies in output_dir={output}. Choose another output_dir.")
+    positions = getattr(model, "max_position_embeddings", None) or settings.data.max_length
+    if settings.data.max_length > positions:
+        raise UserError(f"data.max_length={settings.data.max_length} exceeds the {positions} positions of {path}.")
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(
+            f"The tokenizer of {path} has {len(tokenizer)} tokens, but its model only {model.vocab_size}: "
+            "they do not belong together. Get the whole model again."
+        )
+    full_dpo = settings.stage == "dpo" and settings.model.lora is None and not settings.model.base.startswith("demo:")
+    if full_dpo and settings.optimizer.lr > 1e-5:
+        _log.warning("optimizer.lr=%g is typical of SFT; DPO of all weights usually takes 5e-7.", settings.optimizer.lr)
 
 
 def _task(settings: Settings, path: str, revision: str | None, data: DataModule) -> Task:
     model = settings.model
     dtype = torch.bfloat16 if settings.trainer.precision == "bf16-true" else torch.float32
     policy = load_policy(path, revision, dtype, model.lora, model.quantization, model.activation_checkpointing)
-    if settings.data.max_length > policy.config.max_position_embeddings:
-        raise UserError(
-            f"data.max_length={settings.data.max_length} exceeds the model's {policy.config.max_position_embeddings} positions."
-        )
     steps_per_epoch = len(data.train.lengths) / settings.data.batch_size
     if settings.objective is None:
         return SFT(policy, settings.optimizer, data.total_steps, steps_per_epoch)
@@ -240,10 +267,8 @@ def _claim(settings: Settings, path: str, data: DataModule) -> dict[str, Any]:
     }
 
 
-def _set_aside(output: Path, path: str) -> None:
+def _set_aside(output: Path) -> None:
     """Make room for a new run: nothing of an earlier one is overwritten or mixed with it."""
-    if Path(path).resolve().is_relative_to(output.resolve()):
-        raise UserError(f"The model to start from, {path}, lies in output_dir={output}. Choose another output_dir.")
     if (output / "metrics.jsonl").exists():
         number = 1
         while (aside := output.with_name(f"{output.name}.{number}")).exists():
@@ -323,7 +348,7 @@ def _speak() -> None:
     for noise in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own, on torch 2.13
         r"Found \d+ module\(s\) in eval mode",  # the reference, as it should be
-        r".*dataloader that is not resumable",  # it is: the data module keeps the position
+        r".*dataloader is not resumable",  # it is: the data module keeps the position
         r"The '\w+_dataloader' does not have many workers",  # packing is fast enough in the loop
     ):
         warnings.filterwarnings("ignore", noise)

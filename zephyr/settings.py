@@ -6,31 +6,49 @@ imported, so a mistake is answered in well under a second.
 """
 
 import difflib
+import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from zephyr.errors import UserError
+
+
+class Must(typing.NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    be: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Must("at least 1", lambda value: value >= 1)]
+Natural = Annotated[int, Must("at least 0", lambda value: value >= 0)]
+Decay = Annotated[float, Must("at least 0", lambda value: value >= 0)]
+Positive = Annotated[float, Must("above 0", lambda value: value > 0)]
+Share = Annotated[float, Must("in [0, 1)", lambda value: 0 <= value < 1)]
+Seed = Annotated[int, Must("in [0, 2^32)", lambda value: 0 <= value < 2**32)]
+Text = Annotated[str, Must("a text that is not empty", bool)]
 
 
 @dataclass(frozen=True)
 class Lora:
     """A low-rank adapter (Hu et al., 2022): W + (alpha / rank) B A."""
 
-    rank: int
-    alpha: float
-    dropout: float  # probability; DPO trains without, whatever it says here
-    target_modules: list[str]  # names of linear layers, e.g. q_proj
+    rank: Count
+    alpha: Positive
+    dropout: Share  # probability; DPO trains without, whatever it says here
+    target_modules: Annotated[list[Text], Must("a list of names", bool)]  # names of linear layers, e.g. q_proj
 
 
 @dataclass(frozen=True)
 class Model:
     """The policy."""
 
-    path: str | None  # folder or hub id to start from; null: the base for SFT, the SFT output for DPO
+    path: Text | None  # folder or hub id to start from; null: the base for SFT, the SFT output for DPO
     revision: str | None  # of path, a hub commit
-    base: str  # the raw language model of the recipe
+    base: Text  # the raw language model of the recipe
     base_revision: str | None
     lora: Lora | None  # train an adapter in place of all weights
     quantization: Literal["nf4"] | None  # frozen base weights in 4 bits; needs lora
@@ -45,23 +63,15 @@ class Model:
 class Data:
     """Where the examples come from and how they are cut, packed and counted."""
 
-    train: str  # file, folder, or hub data set owner/name@revision:split
-    validation: str | None
-    max_length: int  # tokens of a packed row (sft), or of a prompt and one completion (dpo)
-    batch_size: int  # packed rows (sft) or pairs (dpo) of one optimizer step, over all ranks and micro-batches
-    micro_batch_tokens: int  # most tokens the model sees at once
+    train: Text  # file, folder, or hub data set owner/name@revision:split
+    validation: Text | None
+    max_length: Count  # tokens of a packed row (sft), or of a prompt and one completion (dpo)
+    batch_size: Count  # packed rows (sft) or pairs (dpo) of one optimizer step, over all ranks and micro-batches
+    micro_batch_tokens: Count  # most tokens the model sees at once
     system: str | None  # system turn of conversations that have none; null adds none
     bad_rows: Literal["error", "drop"]  # what to do with a row that cannot be used
-    workers: int  # processes that pack ahead of the training loop; 0 packs in it
-    cache: str  # folder of tokenised data
-
-    def __post_init__(self) -> None:
-        for key in ("max_length", "batch_size", "micro_batch_tokens"):
-            _at_least(f"data.{key}", getattr(self, key), 1)
-        _at_least("data.workers", self.workers, 0)
-        for key in ("train", "validation"):
-            if getattr(self, key) == "":
-                raise UserError(f"data.{key} is empty: give a file, a folder or a hub data set.")
+    workers: Natural  # processes that pack ahead of the training loop; 0 packs in it
+    cache: Text  # folder of tokenised data
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,13 @@ class ChatData(Data):
 class PreferenceData(Data):
     """Pairs for DPO."""
 
-    max_prompt_length: int  # tokens a prompt keeps, from its end, when a pair is too long
+    max_prompt_length: Count  # tokens a prompt keeps, from its end, when a pair is too long
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.max_prompt_length < self.max_length:
+        if self.max_prompt_length >= self.max_length:
             raise UserError(
-                f"data.max_prompt_length={self.max_prompt_length} must lie between 1 and data.max_length="
-                f"{self.max_length}: a completion needs room behind the prompt."
+                f"data.max_prompt_length={self.max_prompt_length} must be below data.max_length={self.max_length}: "
+                "a completion needs room behind the prompt."
             )
 
 
@@ -91,11 +100,8 @@ class Objective:
     """The preference loss."""
 
     name: Literal["sigmoid"]
-    beta: float  # pull towards the reference
-
-    def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise UserError(f"objective.beta must be above 0, got {self.beta:g}: at 0 nothing is learned. Zephyr used 0.1.")
+    # pull towards the reference
+    beta: Annotated[float, Must("above 0 (Zephyr used 0.1; at 0 nothing is learned)", lambda value: value > 0)]
 
 
 @dataclass(frozen=True)
@@ -103,21 +109,13 @@ class Optimizer:
     """How the policy is stepped."""
 
     name: Literal["adamw", "paged_adamw_32bit"]
-    lr: float  # peak
-    betas: list[float]
-    eps: float
-    weight_decay: float  # on matrices; norms and biases are never decayed
+    lr: Positive  # peak
+    betas: Annotated[list[Share], Must("a list of two numbers", lambda value: len(value) == 2)]
+    eps: Positive
+    weight_decay: Decay  # on matrices; norms and biases are never decayed
     schedule: Literal["cosine", "linear", "constant_with_warmup"]  # after the warm-up
-    warmup_ratio: float  # share of all optimizer steps
-    max_grad_norm: float | None  # clip the gradient's global L2 norm
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise UserError(f"optimizer.lr must be above 0, got {self.lr:g}.")
-        if not 0 <= self.warmup_ratio < 1:
-            raise UserError(f"optimizer.warmup_ratio is a share of all steps, in [0, 1); got {self.warmup_ratio:g}.")
-        if len(self.betas) != 2:
-            raise UserError(f"optimizer.betas must be two numbers, got {self.betas}.")
+    warmup_ratio: Share  # share of all optimizer steps
+    max_grad_norm: Positive | None  # clip the gradient's global L2 norm
 
 
 @dataclass(frozen=True)
@@ -127,48 +125,36 @@ class Trainer:
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: Literal[1]
     precision: Literal["32-true", "bf16-mixed", "bf16-true"]
-    max_epochs: float  # passes over the examples
-    max_steps: int | None  # optimizer steps; when given it sets the length in place of max_epochs
-    log_every_n_steps: int
-    eval_every_n_steps: int | None  # validation, besides the first and the last step; null: only these
-    threads: int | None  # CPU threads; null leaves it to torch
-
-    def __post_init__(self) -> None:
-        _at_least("trainer.log_every_n_steps", self.log_every_n_steps, 1)
-        for key in ("max_steps", "eval_every_n_steps"):
-            if getattr(self, key) is not None:
-                _at_least(f"trainer.{key}", getattr(self, key), 1)
-        if self.max_epochs <= 0:
-            raise UserError(f"trainer.max_epochs must be above 0, got {self.max_epochs:g}.")
+    max_epochs: Positive  # passes over the examples
+    max_steps: Count | None  # optimizer steps; when given it sets the length in place of max_epochs
+    log_every_n_steps: Count
+    eval_every_n_steps: Count | None  # validation, besides the first and the last step; null: only these
+    threads: Count | None  # CPU threads; null leaves it to torch
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Checkpoints of a run, from which resume goes on."""
 
-    every_n_steps: int  # optimizer steps; the last step is always saved
-    keep: int  # the newest ones; older ones are deleted
-
-    def __post_init__(self) -> None:
-        _at_least("checkpoint.every_n_steps", self.every_n_steps, 1)
-        _at_least("checkpoint.keep", self.keep, 1)
+    every_n_steps: Count  # optimizer steps; the last step is always saved
+    keep: Count  # the newest ones; older ones are deleted
 
 
 @dataclass(frozen=True)
 class Samples:
     """Answers to fixed validation prompts, at every validation."""
 
-    count: int  # prompts; 0 turns it off
-    max_new_tokens: int
+    count: Natural  # prompts; 0 turns it off
+    max_new_tokens: Count
 
 
 @dataclass(frozen=True)
 class Wandb:
     """A W&B run: offline unless logged in."""
 
-    project: str
-    group: str | None
-    name: str
+    project: Text
+    group: Text | None
+    name: Text
     tags: list[str]
 
 
@@ -176,11 +162,11 @@ class Wandb:
 class Settings:
     """One run."""
 
-    recipe: str
+    recipe: Text
     stage: Literal["sft", "dpo"]
-    seed: int  # order of the examples, new weights, dropout
-    output_dir: str
-    resume: str | None  # auto: go on from the newest valid checkpoint of output_dir, if any; or a checkpoint folder
+    seed: Seed  # order of the examples, new weights, dropout
+    output_dir: Text
+    resume: Text | None  # auto: go on from the newest valid checkpoint of output_dir, if any; or a checkpoint folder
     model: Model
     data: ChatData | PreferenceData
     objective: Objective | None  # dpo only
@@ -193,16 +179,17 @@ class Settings:
 
 def parse(config: dict[str, Any]) -> Settings:
     """Check a resolved configuration and turn it into settings. Raises UserError at the first mistake."""
-    stage = config.get("stage")
-    data = PreferenceData if stage == "dpo" else ChatData
-    if stage == "sft":
-        config = {**config, "objective": None}
-    return typing.cast(Settings, _build(Settings, config, "", {"data": data}))
+    if config.get("stage") == "dpo":
+        kinds: dict[str, Any] = {"data": PreferenceData, "objective": Objective}
+    else:
+        config = {"objective": None, **config}
+        kinds = {"data": ChatData, "objective": type(None)}
+    return typing.cast(Settings, _build(Settings, config, "", kinds))
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
     """A hint at the most similar name, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -216,7 +203,7 @@ def _build(kind: Any, values: Any, where: str, narrowed: dict[str, Any] | None =
     missing = [name for name in names if name not in values]
     if missing:
         raise UserError(f"{_dotted(where, missing[0])} is not set.")
-    hints = typing.get_type_hints(kind) | (narrowed or {})
+    hints = typing.get_type_hints(kind, include_extras=True) | (narrowed or {})
     return kind(**{name: _value(hints[name], values[name], _dotted(where, name)) for name in names})
 
 
@@ -226,6 +213,12 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in get_args(kind):
             return None
         kind = options[0]
+    if get_origin(kind) is Annotated:
+        kind, must = get_args(kind)
+        checked = _value(kind, value, where)
+        if not must.holds(checked):
+            raise UserError(f"{where} must be {must.be}, got {value!r}.")
+        return checked
     if is_dataclass(kind):
         return _build(kind, value, where)
     if get_origin(kind) is list:
@@ -233,24 +226,20 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where} must be a list, got {value!r}.")
         return [_value(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            choices = ", ".join(map(str, get_args(kind)))
-            raise UserError(f"{where} must be one of {choices}; got {value!r}.{nearest(str(value), choices.split(', '))}")
+        choices = [str(choice) for choice in get_args(kind)]
+        if value not in get_args(kind) or isinstance(value, bool):
+            allowed = f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+            raise UserError(f"{where} must be {allowed}; got {value!r}.{nearest(str(value), choices)}")
         return value
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{where} must be {_SPOKEN[kind]}, got {value!r}.")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise UserError(f"{where} must be {_SPOKEN[kind]}, got {'null' if value is None else repr(value)}.")
     return value
 
 
-_SPOKEN = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_SPOKEN = {type(None): "null", int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
 
 
 def _dotted(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
-
-
-def _at_least(where: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{where} must be at least {least}, got {value}.")

@@ -56,6 +56,11 @@ class Task(L.LightningModule, ABC):
                 logged[name] = logged.get(name, 0) + value.detach() / units
         limit = self.settings.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.trainable(), math.inf if limit is None else limit)
+        if not torch.isfinite(norm):  # the step's one wait for the device
+            raise UserError(
+                f"The gradient of step {self.trainer.global_step + 1} is not finite (norm {norm.item()}). The weights are "
+                "still those of the step before. Lower optimizer.lr, or look at the data of that step."
+            )
         optimizer.step()
 
         rates: Any = self.lr_schedulers()

@@ -158,6 +158,9 @@ class DataModule(L.LightningDataModule, ABC):
 
     def load(self) -> None:
         """Read both sources. Raises UserError when they cannot fill one optimizer step."""
+        for key in ("train", "validation"):  # both are there, before either is read
+            if (source := getattr(self.settings, key)) is not None:
+                sources.files(source, f"data.{key}")
         self.train = self._load("data.train", self.settings.train)
         if self.settings.validation is not None:
             self.validation = self._load("data.validation", self.settings.validation)

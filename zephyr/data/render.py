@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from zephyr.data.batch import Conversation, Pair
-from zephyr.errors import UserError
+from zephyr.errors import UserError, reason
 
 Message = dict[str, str]  # role (system, user or assistant) and content
 
@@ -34,8 +34,11 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         # legacy=False is pinned because transformers does not save the flag: a legacy tokenizer would come back from
         # an export as another one. The legacy spelling differs by a lone space piece behind every </s>.
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, legacy=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot load a tokenizer from {path!r} (model.path): {_first_line(error)}") from error
+    except Exception as error:  # whatever kind: the files are the user's, and the reason is in the message
+        raise UserError(
+            f"Cannot load a tokenizer from {path!r} (model.path, or else model.base): {reason(error)} "
+            "Copy the tokenizer's files beside the weights."
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer of {path!r} has no fast version (tokenizer.json), which labelling needs.")
     if tokenizer.eos_token is None:
@@ -134,7 +137,3 @@ def _completion(prompt: list[int], whole: Conversation) -> list[int] | None:
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("a").input_ids
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,6 +8,7 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from zephyr.data.render import Message
-from zephyr.demo import locate
-from zephyr.errors import UserError
+from zephyr.errors import UserError, reason
 
 Row = tuple[str, dict[str, Any]]  # where it stands ("file.jsonl line 7"), and its columns
 Preference = tuple[list[Message], list[Message]]  # chosen and rejected; they differ in their last turn
@@ -36,7 +36,7 @@ def files(source: str, key: str) -> list[Path]:
 
     `key` is the configuration key that names the source, for messages. Raises UserError when there are none.
     """
-    path = Path(locate(source)).expanduser()
+    path = Path(source).expanduser()
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{key}: {path} is none of {', '.join(SUFFIXES)}.")
@@ -62,9 +62,8 @@ def _hub_files(key: str, source: str, id: str, revision: str | None, split: str 
     try:
         folder = Path(snapshot_download(id, repo_type="dataset", revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client has a dozen kinds, all of which mean: not to be had
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{key}: no local path and no reachable hub data set {source!r}: {reason} "
+            f"{key}: no local path and no reachable hub data set {source!r}: {reason(error)} "
             "Check the name and the network, or set HF_TOKEN where it is gated."
         ) from error
     found = sorted(
@@ -93,7 +92,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         try:
             table = pq.ParquetFile(path)
         except Exception as error:
-            raise UserError(f"{path} is not a readable Parquet file: {error}") from error
+            raise UserError(f"{path} is not a readable Parquet file: {reason(error)}") from error
         number = 0
         for batch in table.iter_batches():
             for columns in batch.to_pylist():
@@ -113,8 +112,8 @@ def _read_file(path: Path) -> Iterator[Row]:
                     raise UserError(f"{path.name} must hold a JSON list of rows; for one row a line name it .jsonl.")
                 for number, row in enumerate(rows, start=1):
                     yield f"{path.name} row {number}", _checked(row, f"{path.name} row {number}")
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path} is not a complete gzip file: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a complete gzip file: {reason(error)} Compress or copy it again.") from error
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
@@ -129,11 +128,14 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
 
 def _json(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise BadRow(f"{where}: not UTF-8 (byte 0x{text[error.start]:02X} at {error.start}). Re-save it as UTF-8.") from error
+        byte = f"byte 0x{text[error.start]:02X} at {error.start}"
+        raise BadRow(f"{where}: not UTF-8 ({byte}). Re-save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise BadRow(f"{where}: invalid JSON ({error.msg} at column {error.colno}).") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{where}: JSON beyond what Python reads ({error}).") from error
 
 
 def conversation(row: Row) -> list[Message]:
@@ -188,7 +190,10 @@ def _binarise(columns: dict[str, Any], where: str, seed: int) -> Preference | No
     for number, completion in enumerate(_list(columns["completions"], where, "completions")):
         if not isinstance(completion, dict) or not isinstance(completion.get("response"), str):
             raise BadRow(f"{where}: completions[{number}].response is not a text.")
-        score = mean_score(completion)
+        try:
+            score = mean_score(completion)
+        except AttributeError as error:
+            raise BadRow(f"{where}: completions[{number}].annotations must hold a Rating for each aspect.") from error
         if score is not None and completion["response"].strip():
             scored.append((score, completion["response"]))
     if len(scored) < 2:
@@ -205,7 +210,7 @@ def _side(value: Any, prompt: Any, where: str, name: str) -> list[Message]:
     if isinstance(value, str):
         if prompt is None:
             raise BadRow(f"{where}: {name} is a text, so the row needs a prompt.")
-        start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(prompt, where, "prompt")
         return _messages([*start, {"role": "assistant", "content": value}], where, name)
     messages = _list(value, where, name)
     if isinstance(prompt, list) and len(messages) == 1:
@@ -237,6 +242,10 @@ def _messages(value: Any, where: str, name: str) -> list[Message]:
 def _message(role: str, content: Any, where: str, place: str) -> Message:
     if not isinstance(content, str):
         raise BadRow(f"{where}: {place} is {'null' if content is None else type(content).__name__}, not a text.")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{where}: {place} holds half a character (a lone surrogate) at {error.start}.") from error
     return {"role": role, "content": content}
 
 

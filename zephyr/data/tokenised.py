@@ -219,10 +219,10 @@ def _cached(
 
 def _write(worker: _Worker, paths: list[Path], folder: Path, fingerprint: str) -> None:
     temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
     schema = pa.schema(list(worker.columns.items()))
     kept = 0
     try:
+        temporary.mkdir(parents=True)
         with pa.ipc.new_file(str(temporary / "tokens.arrow"), schema) as writer:
             usable = worker.usable(sources.read(paths))
             while parsed := list(islice(usable, _CHUNK)):
