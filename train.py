@@ -6,6 +6,7 @@ The only place that knows Hydra: it composes the configuration, turns it into pl
 import os
 import re
 import sys
+from errno import EACCES, EDQUOT, ENAMETOOLONG, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,9 @@ def job(cfg: DictConfig) -> float | None:
         try:
             return run(settings, as_dict(cfg))
         except Stopped as stopped:
-            print(f"Stopped by {stopped.signal.name}. Go on with resume=auto.", file=sys.stderr)
+            saved = any(Path(cfg.output_dir, "checkpoints").glob("step-*"))
+            hint = "Go on with resume=auto." if saved else "Nothing was saved yet."
+            print(f"Stopped by {stopped.signal.name}. {hint}", file=sys.stderr)
             sys.exit(128 + stopped.signal)
     except (UserError, OmegaConfBaseException) as error:
         fail(explain(error))
@@ -156,7 +159,7 @@ if __name__ == "__main__":
     except (HydraException, OmegaConfBaseException, UserError) as error:
         fail(explain(error))
     except OSError as error:
-        if error.filename is None:
+        if error.errno not in (EACCES, EPERM, EROFS, ENOSPC, EDQUOT, ENAMETOOLONG):
             raise
         fail(f"{error.strerror}: {error.filename}")  # no permission, too long a name, a full disk
     except ValueError as error:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import tiny
 from torch.testing import assert_close
 
+from tests import tiny
 from zephyr.data.batch import Pair, pack_pairs
 from zephyr.models.attention import SEGMENTS, segment_attention
 
@@ -36,7 +36,9 @@ def test_equals_a_dense_mask_in_value_and_gradient(window, kv_heads):
     ours, _ = segment_attention(None, *inputs, None, segments=BATCH.segments, sliding_window=window)
     truth = dense(*inputs, BATCH, window)
     assert_close(ours, truth)
-    for mine, theirs in zip(torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(truth, inputs, upstream), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(truth, inputs, upstream), strict=True
+    ):
         assert_close(mine, theirs)
 
 
@@ -48,7 +50,9 @@ def test_nothing_leaks_between_examples_or_branches(checkpointing):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def hidden(ids):
-        out = model.model(input_ids=ids[None], position_ids=BATCH.positions[None], segments=BATCH.segments, use_cache=False)
+        out = model.model(
+            input_ids=ids[None], position_ids=BATCH.positions[None], segments=BATCH.segments, use_cache=False
+        )
         return out.last_hidden_state[0]
 
     before = hidden(BATCH.ids)
@@ -63,5 +67,3 @@ def test_nothing_leaks_between_examples_or_branches(checkpointing):
 def test_segments_are_required():
     with pytest.raises(ValueError, match="segments"):
         segment_attention(None, *[torch.zeros(1, 1, 2, 2)] * 3, None)
-
-

@@ -2,9 +2,7 @@ from zephyr.data.batch import Conversation, Pair, Segment, pack_conversations, p
 
 
 def test_conversations_lie_end_to_end_and_each_starts_anew():
-    batch = pack_conversations(
-        [Conversation([5, 6, 7], [False, True, True]), Conversation([8, 9], [True, True])]
-    )
+    batch = pack_conversations([Conversation([5, 6, 7], [False, True, True]), Conversation([8, 9], [True, True])])
     assert batch.ids.tolist() == [5, 6, 7, 8, 9]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1]
     assert batch.segments == [Segment(0, 3, 0, 0), Segment(3, 5, 3, 3)]

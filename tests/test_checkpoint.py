@@ -81,14 +81,10 @@ class Steps(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         rows = torch.randn(STEPS, 2, 3, 8, generator=torch.Generator().manual_seed(1))
-        return DataLoader(
-            [list(row) for row in rows], batch_size=None, sampler=Remaining(self.done), collate_fn=list
-        )
+        return DataLoader([list(row) for row in rows], batch_size=None, sampler=Remaining(self.done), collate_fn=list)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(
-            [[torch.full((1, 8), float(i))] for i in range(3)], batch_size=None, collate_fn=list
-        )
+        return DataLoader([[torch.full((1, 8), float(i))] for i in range(3)], batch_size=None, collate_fn=list)
 
 
 class Lines(Logger):
@@ -196,13 +192,9 @@ def test_validations_fall_where_expected(whole: Result) -> None:
 
 
 # crash at the next batch after a plain step, a validated step, and the last one
-@pytest.mark.parametrize(
-    "hook, last", [("on_train_batch_start", 5), ("on_train_batch_start", 8), ("on_fit_end", 12)]
-)
+@pytest.mark.parametrize("hook, last", [("on_train_batch_start", 5), ("on_train_batch_start", 8), ("on_fit_end", 12)])
 @pytest.mark.parametrize("every", [1, 4])
-def test_resumed_equals_uninterrupted(
-    tmp_path: Path, whole: Result, hook: str, last: int, every: int
-) -> None:
+def test_resumed_equals_uninterrupted(tmp_path: Path, whole: Result, hook: str, last: int, every: int) -> None:
     lines = Lines()
     crash = Die(hook, last)
     with pytest.raises(MemoryError):
@@ -294,9 +286,7 @@ def test_every_damage_is_found_named_and_passed_over(tmp_path: Path, file: str) 
     content = path.read_bytes()
     places = {0, 1, len(content) // 3, len(content) // 2, len(content) - 2, len(content) - 1}
     places |= set(random.Random(0).sample(range(len(content)), 60))
-    damages = [
-        content[:i] + bytes([content[i] ^ bit]) + content[i + 1 :] for i in places for bit in (1, 0x2A)
-    ]
+    damages = [content[:i] + bytes([content[i] ^ bit]) + content[i + 1 :] for i in places for bit in (1, 0x2A)]
     damages += [content[:size] for size in (0, 1, len(content) // 2, len(content) - 1)]
     damages += [content + b"\n", None]
     for damage in damages:
@@ -467,9 +457,7 @@ def save_for_ever(folder: Path, weights: Tensor, started: Any) -> None:
     io = FolderCheckpointIO()
     started.set()
     for step in range(1, 10**6):
-        io.save_checkpoint(
-            {"global_step": step, "state_dict": {"w": weights}, "o": weights}, folder / f"step-{step}"
-        )
+        io.save_checkpoint({"global_step": step, "state_dict": {"w": weights}, "o": weights}, folder / f"step-{step}")
         for old in list(folder.glob("step-*"))[:-2]:
             io.remove_checkpoint(old)
 

@@ -42,7 +42,9 @@ def test_every_key_of_a_recipe_binds_to_a_setting_of_its_type(recipe, stage):
 @pytest.mark.parametrize(("recipe", "stage"), RUNS)
 def test_published_numbers_do_not_move(recipe, stage):
     """To accept a change on purpose: python -m tests.test_conf, and say in CHANGELOG.md why."""
-    assert load(f"recipe={recipe}", f"stage={stage}") == yaml.safe_load((SNAPSHOTS / f"{recipe}-{stage}.yaml").read_text())
+    assert load(f"recipe={recipe}", f"stage={stage}") == yaml.safe_load(
+        (SNAPSHOTS / f"{recipe}-{stage}.yaml").read_text()
+    )
 
 
 def test_every_option_of_every_group_composes():

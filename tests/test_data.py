@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from tests import tiny
 
+from tests import tiny
 from zephyr import settings
 from zephyr.data.modules import ChatData, PreferenceData, Steps
 from zephyr.errors import UserError

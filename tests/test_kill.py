@@ -7,6 +7,7 @@ import random
 import time
 
 import pytest
+
 from tests.commands import kill, metrics, start, steps_done, train, weights, world
 
 

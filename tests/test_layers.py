@@ -33,7 +33,9 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {name for name in inner if (ROOT / (name.replace(".", "/") + ".py")).exists()} or {node.module or ""}
+            names |= {name for name in inner if (ROOT / (name.replace(".", "/") + ".py")).exists()} or {
+                node.module or ""
+            }
     return names
 
 
@@ -49,7 +51,11 @@ def test_imports_point_one_way():
 
 
 def test_the_configuration_library_stays_at_the_door():
-    users = {path.name for path in [ROOT / "train.py", *PACKAGE.rglob("*.py")] if {"hydra", "omegaconf"} & {n.split(".")[0] for n in imports(path)}}
+    users = {
+        path.name
+        for path in [ROOT / "train.py", *PACKAGE.rglob("*.py")]
+        if {"hydra", "omegaconf"} & {n.split(".")[0] for n in imports(path)}
+    }
     assert users == {"train.py"}
 
 

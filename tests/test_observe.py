@@ -54,10 +54,7 @@ class Toy(L.LightningModule):
 
 def steps(count: int, tokens: int = 10) -> DataLoader[Any]:
     """`count` optimizer steps of one micro-batch; step s (from 1) has `tokens` + s tokens."""
-    row = [
-        [pack_conversations([Conversation([1] * (tokens + s), [True] * (tokens + s))])]
-        for s in range(1, count + 1)
-    ]
+    row = [[pack_conversations([Conversation([1] * (tokens + s), [True] * (tokens + s))])] for s in range(1, count + 1)]
     return DataLoader(row, batch_size=None)
 
 
@@ -129,10 +126,7 @@ def test_rewind_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
 
 def test_plots_are_drawn_for_the_data_there_is(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"step": 0, "eval/loss": 0.69, "eval/rewards/chosen": 0.0, "mfu": None}]
-    rows += [
-        {"step": s, "train/loss": 0.6, "train/grad_norm": 1.0, "train/logps/chosen": None}
-        for s in range(1, 90)
-    ]
+    rows += [{"step": s, "train/loss": 0.6, "train/grad_norm": 1.0, "train/logps/chosen": None} for s in range(1, 90)]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     written = draw(path, tmp_path / "plots")
@@ -140,9 +134,7 @@ def test_plots_are_drawn_for_the_data_there_is(tmp_path: Path) -> None:
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in written)
 
 
-def test_the_loss_of_preferences_starts_at_a_fixed_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_of_preferences_starts_at_a_fixed_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[float] = []
     monkeypatch.setattr("matplotlib.axes.Axes.axhline", lambda self, height, **_: lines.append(height))
     path = tmp_path / "metrics.jsonl"
@@ -183,9 +175,7 @@ def test_plain_lines_keep_their_distance() -> None:
 def test_a_bar_on_a_terminal() -> None:
     out = io.StringIO()
     fit([Throughput(), Progress("DPO", 8, Console(file=out, force_terminal=True, width=120))], logger=False)
-    bars = [
-        line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).splitlines() if "DPO" in line
-    ]
+    bars = [line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).splitlines() if "DPO" in line]
     last = bars[-1]
     assert "8/8" in last and "loss 18.0000" in last and "tokens/s" in last
     assert "validation" in out.getvalue() and "v_num" not in out.getvalue()
@@ -261,9 +251,7 @@ class Save(Callback):
             self.clock.now += 100
 
 
-def test_throughput_leaves_validation_and_checkpoints_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_throughput_leaves_validation_and_checkpoints_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("zephyr.observe.throughput.time", clock)
     monkeypatch.setattr("zephyr.observe.throughput.peak_flops", lambda _: 1e6)
@@ -387,9 +375,7 @@ def test_a_run_without_an_account(tmp_path: Path, answers: Any, monkeypatch: pyt
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr(sys, "argv", ["train.py", "feedback.api_key=sesame"])
     config = {"seed": 7, "feedback": {"api_key": "sesame", "max_new_tokens": 5}}
-    logger = wandb_logger(
-        tmp_path, config, {"train": "ab12"}, project="zephyr", name="n", group="g", tags=["t"]
-    )
+    logger = wandb_logger(tmp_path, config, {"train": "ab12"}, project="zephyr", name="n", group="g", tags=["t"])
     fit([Throughput(), answers(tokenizer(), PROMPTS, 20, tmp_path / "samples.jsonl")], logger)
     identity = logger.version
     logger.experiment.finish()
@@ -400,9 +386,7 @@ def test_a_run_without_an_account(tmp_path: Path, answers: Any, monkeypatch: pyt
     for record in finished(file):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
-            history.append(
-                {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
-            )
+            history.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
         elif record.WhichOneof("record_type") == "run":
             run = record.run
             settings |= {item.key: json.loads(item.value_json) for item in run.config.update}

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import tiny
 from torch.testing import assert_close
 
+from tests import tiny
 from zephyr import settings
 from zephyr.data.batch import Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.dpo import DPO
@@ -61,10 +61,10 @@ def oracle(reference, policy, pairs: list[Pair], beta: float = 0.1):
         with torch.no_grad():
             ref = [logp(reference, prompt, side) for side in (chosen, rejected)]
         rows.append(torch.stack([logp(policy, prompt, side) for side in (chosen, rejected)] + ref))
-    w, l, ref_w, ref_l = torch.stack(rows).T
-    loss = -F.logsigmoid(beta * ((w - ref_w) - (l - ref_l))).mean()
+    w, r, ref_w, ref_r = torch.stack(rows).T
+    loss = -F.logsigmoid(beta * ((w - ref_w) - (r - ref_r))).mean()
     loss.backward()
-    rewards = beta * (w - ref_w).detach(), beta * (l - ref_l).detach()
+    rewards = beta * (w - ref_w).detach(), beta * (r - ref_r).detach()
     values = {
         "loss": loss,
         "rewards/chosen": rewards[0].mean(),
@@ -72,7 +72,7 @@ def oracle(reference, policy, pairs: list[Pair], beta: float = 0.1):
         "rewards/margins": (rewards[0] - rewards[1]).mean(),
         "rewards/accuracies": (rewards[0] > rewards[1]).double().mean(),
         "logps/chosen": w.mean(),
-        "logps/rejected": l.mean(),
+        "logps/rejected": r.mean(),
     }
     return {k: v.item() for k, v in values.items()}, {n: p.grad for n, p in policy.named_parameters()}
 
@@ -87,7 +87,9 @@ def one_step(task: DPO, pairs: list[Pair]):
 
 def worst(gradients, truth) -> float:
     """Largest relative L2 error over the parameters."""
-    return max(((g.double() - truth[n].double()).norm() / truth[n].double().norm()).item() for n, g in gradients.items())
+    return max(
+        ((g.double() - truth[n].double()).norm() / truth[n].double().norm()).item() for n, g in gradients.items()
+    )
 
 
 @pytest.mark.parametrize("model", [{}, {"sliding_window": 24}, {"num_key_value_heads": 4}], ids=str)
@@ -108,8 +110,14 @@ def test_dpo_step_equals_trl(tmp_path):
     reference = tiny.model(0)
     policy, pairs = perturbed(reference), random_pairs()
     args = DPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=len(pairs), bf16=False, use_cpu=True, report_to=[],
-        gradient_checkpointing=False, max_length=1024, beta=0.1,
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=len(pairs),
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        gradient_checkpointing=False,
+        max_length=1024,
+        beta=0.1,
     )
     columns = {f"{name}_ids": [list(getattr(pair, name)) for pair in pairs] for name in Pair._fields}
     tokenizer = tiny.tokenizer()
@@ -154,7 +162,9 @@ def test_sft_loss_and_gradient_equal_transformers_on_unpacked_rows():
     mean = total / len(batch.targets)
     mean.backward()
     assert_close(loss / len(batch.targets), mean.double(), rtol=1e-6, atol=0)
-    assert worst({n: p.grad for n, p in ours.named_parameters()}, {n: p.grad for n, p in theirs.named_parameters()}) < 1e-5
+    assert (
+        worst({n: p.grad for n, p in ours.named_parameters()}, {n: p.grad for n, p in theirs.named_parameters()}) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("sliding_window", [None, 16])

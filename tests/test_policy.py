@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests import tiny
-from tests.test_parity import ADAMW, random_pairs
 from torch.testing import assert_close
 
+from tests import tiny
+from tests.test_parity import ADAMW, random_pairs
 from zephyr import settings
 from zephyr.data.batch import pack_pairs
 from zephyr.dpo import DPO, sequence_logps
@@ -51,7 +51,9 @@ def test_activation_checkpointing_gives_the_same_gradients_and_is_really_on(base
     counted = lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs)  # noqa: E731
     for module in policy.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
-            monkeypatch.setattr(module, "_gradient_checkpointing_func", lambda f, *a, **k: counted(f, *a, use_reentrant=False, **k))
+            monkeypatch.setattr(
+                module, "_gradient_checkpointing_func", lambda f, *a, **k: counted(f, *a, use_reentrant=False, **k)
+            )
     for name, gradient in gradients(policy).items():
         assert_close(gradient, plain[name], rtol=1e-5, atol=1e-7)
     assert len(calls) == 2  # one a layer

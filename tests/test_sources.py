@@ -108,7 +108,10 @@ def test_conversations_of_both_ultrachats():
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "asistant", "content": "x"}], r"messages\[0\].role='asistant' is not one of system, user, assistant"),
+        (
+            [{"role": "asistant", "content": "x"}],
+            r"messages\[0\].role='asistant' is not one of system, user, assistant",
+        ),
         ([CHAT[0], CHAT[0]], r"messages\[1\].role is 'user' where 'assistant' is due"),
         ([CHAT[1]], r"messages\[0\].role is 'assistant' where 'user' is due"),
         ([CHAT[0], {"role": "system", "content": ""}], "only the first message may be"),

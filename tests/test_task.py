@@ -2,14 +2,15 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import lightning as L
 import pytest
 import torch
-from tests import tiny
-from tests.test_parity import ADAMW, dpo_task, perturbed, random_pairs
 from torch.testing import assert_close
 
+from tests import tiny
+from tests.test_parity import ADAMW, dpo_task, perturbed, random_pairs
 from zephyr import settings
 from zephyr.data.batch import Conversation, pack_conversations, pack_pairs
 from zephyr.dpo import DPO
@@ -59,7 +60,7 @@ def test_the_split_into_micro_batches_changes_nothing(stage, split):
     pack = pack_conversations if stage == "sft" else pack_pairs
     edges = [sum(split[:i]) for i in range(len(split) + 1)]
     whole, whole_metrics = step_gradient(task(), [pack(items)])
-    parts, metrics = step_gradient(task(), [pack(items[a:b]) for a, b in zip(edges, edges[1:], strict=False)])
+    parts, metrics = step_gradient(task(), [pack(items[a:b]) for a, b in pairwise(edges)])
     for name, gradient in whole.items():
         assert (parts[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-9, name
     assert metrics.keys() == whole_metrics.keys()
@@ -142,5 +143,3 @@ def test_validation_weighs_by_units():
     loss, sums = task.loss(pack_pairs(pairs))
     expected = {f"eval/{name}": value.item() / 4 for name, value in {"loss": loss, **sums}.items()}
     assert found == pytest.approx(expected, rel=1e-5)
-
-

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+
 from tests.commands import ROOT, metrics, start, steps_done, train, weights, world
 
 
@@ -74,7 +75,9 @@ def test_the_model_loads_with_plain_transformers(runs):
         "return_dict=True)\n"
         "print(t.decode(m.generate(**x, max_new_tokens=6, do_sample=False)[0, x['input_ids'].shape[1]:]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(runs / "sft/model")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs / "sft/model")], capture_output=True, text=True, check=True
+    )
     assert "yes" in done.stdout
 
 
@@ -93,7 +96,9 @@ def test_lm_eval_takes_the_model(runs, tmp_path):
         "task_manager=tasks)\n"
         "print('accuracy', r['results']['tiny']['acc,none'])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(runs / "sft/model"), str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs / "sft/model"), str(tmp_path)], capture_output=True, text=True
+    )
     assert "accuracy 1.0" in done.stdout, done.stderr
 
 
@@ -153,7 +158,10 @@ def test_models_and_data_come_from_the_hubs_cache(tmp_path):
     for split in ("train_prefs", "test_prefs"):
         rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
         pq.write_table(pa.Table.from_pylist(rows), data / f"{split}-00000-of-00001-x.parquet")
-    source = [f"data.{name}=org/pairs@{commit}:{split}" for name, split in (("train", "train_prefs"), ("validation", "test_prefs"))]
+    source = [
+        f"data.{name}=org/pairs@{commit}:{split}"
+        for name, split in (("train", "train_prefs"), ("validation", "test_prefs"))
+    ]
     train(
         folder, "dpo", folder / "dpo", "trainer.max_steps=2", "model.path=org/base", f"model.revision={commit}", *source,
         environment={"HF_HUB_CACHE": str(hub)},

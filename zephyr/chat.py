@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
             prompt = sys.stdin.read()
         if prompt is not None and not prompt.strip():
             raise UserError("The prompt is empty: give --prompt TEXT, or pipe a text in.")
-        system = [{"role": "system", "content": args.system}] if args.system else []
+        system = [{"role": "system", "content": args.system}] if args.system is not None else []
         model, tokenizer = load(folder, args.device)
         _check_template(tokenizer, system)
 

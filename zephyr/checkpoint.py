@@ -121,9 +121,7 @@ class FolderCheckpointIO(CheckpointIO):
         """Verify the folder (UserError if damaged) and read it, always with weights_only=True."""
         folder = Path(path)
         verify(folder)
-        checkpoint: dict[str, Any] = torch.load(
-            folder / STATE, map_location=map_location or "cpu", weights_only=True
-        )
+        checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location=map_location or "cpu", weights_only=True)
         weights = load_file(folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, "pt") as file:
             ties: dict[str, str] = file.metadata() or {}
@@ -149,9 +147,7 @@ class Checkpoints(Checkpoint):
     # killed in the middle of it. A run that has to stop before its validation is over marks its checkpoint
     # instead (on_save_checkpoint), and the resumed run begins with the validation.
 
-    def __init__(
-        self, folder: str | os.PathLike[str], every_n_steps: int, keep: int, claim: dict[str, Any]
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], every_n_steps: int, keep: int, claim: dict[str, Any]) -> None:
         if every_n_steps < 1 or keep < 1:
             raise UserError(f"checkpoint.every_n_steps={every_n_steps}, checkpoint.keep={keep}: at least 1.")
         self.folder, self.every_n_steps, self.keep, self.claim = Path(folder), every_n_steps, keep, claim
@@ -184,9 +180,7 @@ class Checkpoints(Checkpoint):
         _compare(state_dict["claim"], self.claim)
         self._resumed = state_dict["random"]
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._unvalidated:
             # Lightning's own sign of a validation that broke off in its first batch
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
@@ -217,9 +211,7 @@ class Checkpoints(Checkpoint):
                 start = f"which starts from step {trainer.global_step}"
                 rank_zero_warn(f"{step} is not part of this run, {start}: it was moved to {aside.name}.")
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._restore(trainer)
 
     def on_train_batch_end(
@@ -274,9 +266,7 @@ def _write(checkpoint: dict[str, Any], folder: Path) -> None:
     for name in (STATE, WEIGHTS):
         _sync(folder / name)
         files[name] = {"size": (folder / name).stat().st_size, "blake2b": _digest(folder / name)}
-    versions = {name: version(name) for name in ("torch", "lightning", "transformers")} | {
-        "zephyr": __version__
-    }
+    versions = {name: version(name) for name in ("torch", "lightning", "transformers")} | {"zephyr": __version__}
     manifest = {"step": checkpoint.get("global_step"), "files": files, "versions": versions}
     (folder / MANIFEST).write_bytes(_seal(manifest))
     _sync(folder / MANIFEST)
@@ -366,7 +356,7 @@ def _random_state() -> dict[str, Any]:
     """States of this process's generators, in types that weights_only=True reads."""
     mersenne = np.random.get_state(legacy=False)
     mersenne["state"]["key"] = mersenne["state"]["key"].tolist()
-    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    on_cuda = torch.cuda.is_initialized()
     return {
         "python": random.getstate(),
         "numpy": mersenne,

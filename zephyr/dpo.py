@@ -45,13 +45,14 @@ class DPO(Task):
         return losses.sum(), watched
 
 
-def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:
+def sequence_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Log-probability of each completion given its prompt, [2B] in nats: the chosen ones, then the rejected ones."""
     return sequence_sums(token_logps(model, batch), batch, 2 * batch.examples)
 
 
 def _without_dropout(policy: PreTrainedModel) -> PreTrainedModel:
     """Dropout in the policy's pass alone would read as a difference from the reference: step 0 would not be ln 2."""
+    module: Any
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -113,10 +113,11 @@ def model_card(card: Card, adapter: bool = False) -> ModelCard:
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save the tokenizer, and see that plain transformers reads the same one back: not every setting is saved."""
     tokenizer.save_pretrained(folder)
+    if tokenizer.chat_template is None:
+        return
     turns = [{"role": "user", "content": "Hello!  Two\n\nlines?"}, {"role": "assistant", "content": " Bonjour!"}]
-    ids, read = (
-        t.apply_chat_template(turns, return_dict=True)["input_ids"] for t in (tokenizer, AutoTokenizer.from_pretrained(folder))
-    )
+    readers: list[Any] = [tokenizer, AutoTokenizer.from_pretrained(folder)]
+    ids, read = (reader.apply_chat_template(turns, return_dict=True)["input_ids"] for reader in readers)
     if ids != read:
         raise RuntimeError(f"the saved tokenizer reads {turns} as {read}, the one trained with as {ids}")
 

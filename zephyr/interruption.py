@@ -51,9 +51,7 @@ class StopOnSignal(Callback):
         # here, because Lightning registers handlers of its own shortly before
         self._before = _install(self._receive)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._stopping:
             raise self._stopped()
 

@@ -26,7 +26,7 @@ from zephyr.dpo import DPO
 from zephyr.errors import UserError
 from zephyr.export import Card, export
 from zephyr.interruption import StopOnSignal, stoppable
-from zephyr.models.policy import check_policy, load_policy
+from zephyr.models.policy import check_policy, load_policy, weights_fingerprint
 from zephyr.observe.metrics import MetricsFile, read, rewind
 from zephyr.observe.plots import draw
 from zephyr.observe.progress import Progress
@@ -74,12 +74,12 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
         output / "checkpoints",
         settings.checkpoint.every_n_steps,
         settings.checkpoint.keep,
-        claim=_claim(settings, start, data),
+        claim=_claim(settings, start, path, data),
     )
     if checkpoint is not None:
         checkpoints.check(checkpoint)
-    _log.info("%s from %s: %s steps of %s %s.", settings.stage.upper(), start, data.total_steps, settings.data.batch_size,
-              data.train.unit)  # fmt: skip
+    work = f"{data.total_steps} steps of {settings.data.batch_size} {data.train.unit}"
+    _log.info("%s from %s: %s.", settings.stage.upper(), start, work)
     task = _task(settings, path, revision, data)
     if settings.resume is None:  # nothing is written before the model has loaded
         _set_aside(output)
@@ -88,6 +88,7 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
     finished_steps = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
     for name in ("metrics.jsonl", "samples.jsonl"):
         rewind(output / name, -1 if checkpoint is None else finished_steps)
+    (output / "metrics.jsonl").touch()
 
     loggers = _loggers(settings, config, output, data, fresh=checkpoint is None)
     trainer = _trainer(settings, output, data, tokenizer, checkpoints, loggers)
@@ -98,10 +99,9 @@ def _run(settings: Settings, config: dict[str, Any]) -> float | None:
         export(task.policy, tokenizer, output / "model", _card(settings, start, revision, summary))
         (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     finally:
-        for logger in loggers[1:]:
-            logger.experiment.finish()
-    _log.info("Model: %s. Metrics: %s. Plots: %s.", output / "model", output / "metrics.jsonl",
-              ", ".join(plot.name for plot in plots))  # fmt: skip
+        for logger in trainer.loggers[1:]:
+            logger.experiment.finish()  # type: ignore[attr-defined]
+    _log.info("Model: %s. Plots: %s.", output / "model", ", ".join(map(str, plots)))
     return _headline(summary["eval"])
 
 
@@ -147,7 +147,8 @@ def _starting_point(settings: Settings) -> tuple[str, str | None]:
     how = f"python train.py recipe={settings.recipe} stage=sft"
     if not model.base.startswith("demo:"):
         raise UserError(
-            f"stage=dpo starts from an SFT model, and {trained} does not exist. Make it with `{how}`, or name one with model.path=..."
+            f"stage=dpo starts from an SFT model, and {trained} does not exist. Make it with `{how}`, "
+            "or name one with model.path=..."
         )
     _log.info("%s does not exist (`%s` makes it): starting from the untrained base model instead.", trained, how)
     return base
@@ -232,7 +233,7 @@ def _trainer(
         devices=settings.trainer.devices,
         precision=settings.trainer.precision,
         max_epochs=1,  # the loader yields every step of the run
-        log_every_n_steps=settings.trainer.log_every_n_steps,
+        log_every_n_steps=min(settings.trainer.log_every_n_steps, steps),
         val_check_interval=steps if every is None else min(every, steps),
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if data.validation is not None else 0,
@@ -246,7 +247,7 @@ def _trainer(
     )
 
 
-def _claim(settings: Settings, path: str, data: DataModule) -> dict[str, Any]:
+def _claim(settings: Settings, start: str, path: str, data: DataModule) -> dict[str, Any]:
     """What makes two runs the same run: a checkpoint of one that differs in it is refused."""
     sections = {"optimizer": settings.optimizer, "objective": settings.objective, "model.lora": settings.model.lora}
     claim: dict[str, Any] = {
@@ -258,7 +259,8 @@ def _claim(settings: Settings, path: str, data: DataModule) -> dict[str, Any]:
     return claim | {
         "stage": settings.stage,
         "seed": settings.seed,
-        "model.path": path,
+        "model.path": start,
+        "weights at the start": weights_fingerprint(path),
         "model.quantization": settings.model.quantization,
         "data.batch_size": settings.data.batch_size,
         "trainer.precision": settings.trainer.precision,

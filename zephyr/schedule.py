@@ -5,6 +5,7 @@ bitsandbytes as well, seconds on every start.
 """
 
 import math
+from collections.abc import Callable
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +23,7 @@ def schedule(name: str, optimizer: Optimizer, warmup_steps: int, total_steps: in
     return LambdaLR(optimizer, share)
 
 
-_DECAY = {
+_DECAY: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1 - done,
     "constant_with_warmup": lambda done: 1.0,

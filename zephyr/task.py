@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -58,8 +59,8 @@ class Task(L.LightningModule, ABC):
         norm = nn.utils.clip_grad_norm_(self.trainable(), math.inf if limit is None else limit)
         if not torch.isfinite(norm):  # the step's one wait for the device
             raise UserError(
-                f"The gradient of step {self.trainer.global_step + 1} is not finite (norm {norm.item()}). The weights are "
-                "still those of the step before. Lower optimizer.lr, or look at the data of that step."
+                f"The gradient of step {self.trainer.global_step + 1} is not finite (norm {norm.item()}). "
+                "The weights are still those of the step before. Lower optimizer.lr, or look at the data of that step."
             )
         optimizer.step()
 
@@ -81,7 +82,7 @@ class Task(L.LightningModule, ABC):
         """The parameters that the optimizer steps."""
         return (parameter for parameter in self.policy.parameters() if parameter.requires_grad)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = _optimizer(self.settings, list(self.trainable()))
         warmup = math.ceil(self.settings.warmup_ratio * self.total_steps)
         return {

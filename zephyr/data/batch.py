@@ -54,7 +54,9 @@ class Pair(NamedTuple):
 
 def pack_conversations(conversations: Iterable[Conversation]) -> Batch:
     """Lay conversations end to end. The first token of a conversation is never scored: nothing predicts it."""
-    ids, positions, segments = [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
     sources, targets, sequences = [], [], []
     count = 0
     for count, (tokens, labels) in enumerate(conversations, start=1):
@@ -71,7 +73,9 @@ def pack_conversations(conversations: Iterable[Conversation]) -> Batch:
 
 def pack_pairs(pairs: list[Pair]) -> Batch:
     """Lay pairs end to end, each as prompt, chosen, rejected. The prompt's last token predicts both first tokens."""
-    ids, positions, segments = [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
     sources, targets, sequences = [], [], []
     for pair, (prompt, chosen, rejected) in enumerate(pairs):
         start = len(ids)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,6 @@ from zephyr.data.packing import best_fit, micro_batches
 from zephyr.data.render import Message, with_system
 from zephyr.data.tokenised import Options, Report, Table, tokenised_conversations, tokenised_pairs
 from zephyr.errors import UserError
-
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class PackedConversations(Examples):
     def pack(self, examples: list[int]) -> Batch:
         chosen = [conversation for example in examples for conversation in self.rows[example]]
         row = self.table.row
-        return pack_conversations(Conversation(row("ids", i), row("labels", i)) for i in chosen)
+        return pack_conversations(Conversation(row("ids", i), [*map(bool, row("labels", i))]) for i in chosen)
 
 
 class Pairs(Examples):
@@ -64,7 +64,7 @@ class Pairs(Examples):
 
     def __init__(self, table: Table, report: Report) -> None:
         self.table, self.report = table, report
-        self.lengths = sum(table.lengths(name) for name in Pair._fields).tolist()
+        self.lengths = np.sum([table.lengths(name) for name in Pair._fields], 0).tolist()
 
     def pack(self, examples: list[int]) -> Batch:
         row = self.table.row
@@ -192,7 +192,8 @@ class DataModule(L.LightningDataModule, ABC):
         """The first `count` prompts of the validation source, each ending with a user turn, and their answers."""
         if self.settings.validation is None:
             return [], []
-        prompts, answers = [], []
+        prompts: list[list[Message]] = []
+        answers: list[str] = []
         for row in sources.read(sources.files(self.settings.validation, "data.validation")):
             if len(prompts) == count:
                 break

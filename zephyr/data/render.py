@@ -13,6 +13,7 @@ The contract:
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from zephyr.errors import UserError, reason
 Message = dict[str, str]  # role (system, user or assistant) and content
 
 ROLE_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>")
+_QUIET = {"verbose": False}  # no warning at a long conversation: what is too long is cut, and counted
 _TEMPLATE = Path(__file__).with_name("chat.jinja")
 
 
@@ -30,6 +32,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
     Raises UserError when it cannot be loaded, is not a fast one, or has no end-of-sequence token.
     """
+    tokenizer: Any
     try:
         # legacy=False is pinned because transformers does not save the flag: a legacy tokenizer would come back from
         # an export as another one. The legacy spelling differs by a lone space piece behind every </s>.
@@ -77,7 +80,9 @@ def render(
     """Tokenise conversations; labelled are the assistant's turns, or with `all_tokens` every token."""
     if not conversations:
         return []
-    rows = tokenizer.apply_chat_template(conversations, return_dict=True, return_assistant_tokens_mask=True)
+    rows: Any = tokenizer.apply_chat_template(
+        conversations, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_QUIET
+    )
     return [
         Conversation(ids, [True] * len(ids) if all_tokens else [bool(spoken) for spoken in mask])
         for ids, mask in zip(rows["input_ids"], rows["assistant_masks"], strict=True)
@@ -94,9 +99,10 @@ def render_pairs(
     """
     if not pairs:
         return []
-    prompts = tokenizer.apply_chat_template(
-        [chosen[:-1] for chosen, _ in pairs], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+    openings: Any = tokenizer.apply_chat_template(
+        [chosen[:-1] for chosen, _ in pairs], add_generation_prompt=True, return_dict=True, tokenizer_kwargs=_QUIET
+    )
+    prompts: list[list[int]] = openings["input_ids"]
     sides = [render(tokenizer, [pair[side] for pair in pairs]) for side in (0, 1)]
     return [
         None if chosen is None or rejected is None else Pair(prompt, chosen, rejected)

@@ -220,7 +220,7 @@ def _side(value: Any, prompt: Any, where: str, name: str) -> list[Message]:
 
 def _messages(value: Any, where: str, name: str) -> list[Message]:
     """Check a conversation: an optional system turn, then user and assistant in turn."""
-    messages = []
+    messages: list[Message] = []
     for number, message in enumerate(_list(value, where, name)):
         place = f"{name}[{number}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +58,9 @@ class Table:
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._columns = {
-            name: [(column.offsets.to_numpy(), column.values.to_numpy()) for column in (b.column(name) for b in batches)]
+            name: [
+                (column.offsets.to_numpy(), column.values.to_numpy()) for column in (b.column(name) for b in batches)
+            ]
             for name in reader.schema.names
         }
 
@@ -74,7 +76,8 @@ class Table:
         chunk = int(np.searchsorted(self._starts, index, "right")) - 1
         offsets, values = self._columns[name][chunk]
         at = index - self._starts[chunk]
-        return values[offsets[at] : offsets[at + 1]].tolist()
+        row: list[int] = values[offsets[at] : offsets[at + 1]].tolist()
+        return row
 
 
 class Options(NamedTuple):
@@ -105,7 +108,7 @@ def tokenised_pairs(
 class _Worker:
     """Turns rows into columns of token ids and keeps count."""
 
-    columns: dict[str, pa.DataType]
+    columns: ClassVar[dict[str, pa.DataType]]
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
         self.tokenizer, self.options = tokenizer, options
@@ -127,7 +130,9 @@ class _Worker:
                 parsed = self.parse(row)
             except sources.BadRow as error:
                 if not self.options.drop_bad_rows:
-                    raise UserError(f"{error} Mend the row, or set data.bad_rows=drop to leave such rows out.") from error
+                    raise UserError(
+                        f"{error} Mend the row, or set data.bad_rows=drop to leave such rows out."
+                    ) from error
                 self.dropped["unusable row"] += 1
                 continue
             if isinstance(parsed, str):
@@ -146,7 +151,7 @@ class _Worker:
 
 
 class _Conversations(_Worker):
-    columns = {"ids": pa.list_(pa.int32()), "labels": pa.list_(pa.uint8())}
+    columns: ClassVar = {"ids": pa.list_(pa.int32()), "labels": pa.list_(pa.uint8())}
 
     def parse(self, row: sources.Row) -> list[Message] | str:
         messages = sources.conversation(row)
@@ -168,7 +173,7 @@ class _Conversations(_Worker):
 
 
 class _Pairs(_Worker):
-    columns = {name: pa.list_(pa.int32()) for name in Pair._fields}
+    columns: ClassVar = {name: pa.list_(pa.int32()) for name in Pair._fields}
 
     def parse(self, row: sources.Row) -> sources.Preference | str:
         pair = sources.preference(row, self.options.seed)

@@ -53,10 +53,12 @@ def held_out(count: int) -> list[str]:
 def answer(folder: Path, instructions: list[str]) -> list[tuple[str, int]]:
     """Greedy answers of the stage's model, each with its length in tokens."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from zephyr.data.render import load_tokenizer
     from zephyr.generate import generate
 
+    disable_progress_bar()
     tokenizer = load_tokenizer(str(folder / "model"))
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     conversations = [[{"role": "user", "content": text}] for text in instructions]

@@ -54,7 +54,7 @@ def train_tokenizer(chats: Iterable[list[dict[str, str]]]) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(_texts(chats), trainer)
     unk, bos, eos = SPECIAL
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=unk,
         bos_token=bos,

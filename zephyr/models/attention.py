@@ -4,6 +4,8 @@ Each segment is ordinary causal attention: its tokens see the segment's prefix (
 each other. No dense [T, T] mask exists. Importing this module registers it with transformers as "segments".
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ def segment_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     segments: list[Segment] | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attention of one packed row: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D].
 
@@ -32,6 +34,9 @@ def segment_attention(
     """
     if segments is None:
         raise ValueError("attention over segments needs the batch's segments")
+    changed = [name for name in ("softcap", "s_aux") if others.get(name) is not None]
+    if changed:
+        raise ValueError(f"attention over segments does not do {', '.join(changed)}, which this model asks for")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -51,9 +56,7 @@ def segment_attention(
         causal = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
         mask = None if causal else _mask(q.shape[2], k.shape[2], sliding_window, q.device)
         outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, dropout_p=dropout
-            )
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, dropout_p=dropout)
         )
     return torch.cat(outputs, 2).transpose(1, 2), None
 
@@ -61,7 +64,7 @@ def segment_attention(
 def _cuts(segments: list[Segment]) -> list[int]:
     """Lengths of the pieces into which the row is cut: at every segment and at every prefix's end."""
     edges = sorted({edge for segment in segments for edge in (*segment[:2], *segment[2:])})
-    return [after - before for before, after in zip(edges, edges[1:], strict=False)]
+    return [after - before for before, after in pairwise(edges)]
 
 
 def _starts(cuts: list[int]) -> list[int]:

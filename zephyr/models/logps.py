@@ -6,17 +6,19 @@ Letters: T tokens of the row, N scored tokens, S scored sequences, D hidden size
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from zephyr.data.batch import Batch
 
 CHUNK = 1024  # scored tokens whose logits exist at once: 131 MB in fp32 at 32,000 entries
 
 
-def token_logps(model: nn.Module, batch: Batch) -> Tensor:
+def token_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
     """log p(target | what precedes it) of every scored token, [N], fp32, from a transformers causal LM."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder: Any = model.get_decoder()
+    head: Any = model.get_output_embeddings()
     hidden = decoder(
         input_ids=batch.ids[None],
         position_ids=batch.positions[None],
@@ -26,7 +28,7 @@ def token_logps(model: nn.Module, batch: Batch) -> Tensor:
     hidden = hidden[batch.sources]
     if torch.is_autocast_enabled(hidden.device.type):  # a custom function's backward runs outside autocast
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return ChunkedLogProbs.apply(hidden, head.weight, batch.targets, CHUNK)
+    return ChunkedLogProbs.apply(hidden, head.weight, batch.targets, CHUNK)  # type: ignore[no-untyped-call]
 
 
 def sequence_sums(token_values: Tensor, batch: Batch, sequences: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The policy: a causal language model from a folder or the hub, in full, as an adapter, or on 4-bit base weights."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from zephyr.errors import UserError, reason
 from zephyr.models.attention import SEGMENTS
 from zephyr.settings import Lora
+
+_END = 1 << 20  # bytes at each end of a file that its fingerprint reads
 
 
 def load_policy(
@@ -51,7 +54,7 @@ def load_policy(
         )
     model.config.use_cache = False
     if lora is not None:
-        model = _with_adapter(model, lora)
+        model = _with_adapter(model, lora, revision)
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -70,6 +73,20 @@ def check_policy(path: str, revision: str | None, lora: Lora | None = None) -> A
     if lora is not None:
         _check_targets(skeleton, lora)
     return config
+
+
+def weights_fingerprint(path: str) -> str:
+    """What tells a local model's weights from others: the size of each file and a hash of both its ends.
+
+    A hub model is told by its revision, so it has none.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(_END))
+            stream.seek(max(0, file.stat().st_size - _END))
+            digest.update(stream.read())
+    return digest.hexdigest() if Path(path).is_dir() else ""
 
 
 def _open_weights(folder: Path) -> None:
@@ -111,21 +128,23 @@ def _config(path: str, revision: str | None) -> Any:
     return config
 
 
-def _with_adapter(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
+def _with_adapter(model: PreTrainedModel, lora: Lora, revision: str | None) -> PreTrainedModel:
     from peft import LoraConfig, get_peft_model
 
     _check_targets(model, lora)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # its repacked weights let no gradient through on a CPU
-    return get_peft_model(model, config)
+    adapted: Any = get_peft_model(model, config, revision=revision)
+    return adapted
 
 
 def _check_targets(model: PreTrainedModel, lora: Lora) -> None:

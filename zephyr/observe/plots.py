@@ -114,9 +114,7 @@ def _figure(plot: Plot, lines: list[tuple[Series, np.ndarray, np.ndarray]]) -> F
 def _line(axes: Axes, series: Series, steps: np.ndarray, values: np.ndarray) -> None:
     colour, label = series.colour, series.label or None
     if series.key.startswith("eval/"):
-        axes.plot(
-            steps, values, "o--", color=colour, markeredgecolor="white", linewidth=1.2, zorder=4, label=label
-        )
+        axes.plot(steps, values, "o--", color=colour, markeredgecolor="white", linewidth=1.2, zorder=4, label=label)
     elif len(steps) < SMOOTH_FROM or series.key == "train/learning_rate":
         marker = "." if len(steps) < 3 else None
         axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, zorder=3, label=label)

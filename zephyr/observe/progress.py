@@ -20,9 +20,7 @@ class Progress(ProgressBar):
     Metrics are read at logged steps alone, since reading waits for the device. Put it behind Throughput.
     """
 
-    def __init__(
-        self, description: str, total: int, console: Console | None = None, seconds: float = 10.0
-    ) -> None:
+    def __init__(self, description: str, total: int, console: Console | None = None, seconds: float = 10.0) -> None:
         super().__init__()
         self.description = description
         self.total = total  # optimizer steps of the whole run, those before a resume included
@@ -90,9 +88,7 @@ class Progress(ProgressBar):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._close()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close()
 
     def _open(self) -> Bars:

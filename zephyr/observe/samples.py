@@ -47,9 +47,7 @@ class Samples(Callback):
                 "reference": reference,
                 "tokens": len(self.tokenizer(answer, add_special_tokens=False).input_ids),
             }
-            for conversation, answer, reference in zip(
-                self.conversations, answers, self.references, strict=True
-            )
+            for conversation, answer, reference in zip(self.conversations, answers, self.references, strict=True)
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
