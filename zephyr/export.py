@@ -113,13 +113,10 @@ def model_card(card: Card, adapter: bool = False) -> ModelCard:
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save the tokenizer, and see that plain transformers reads the same one back: not every setting is saved."""
     tokenizer.save_pretrained(folder)
-    if tokenizer.chat_template is None:
-        return
-    turns = [{"role": "user", "content": "Hello!  Two\n\nlines?"}, {"role": "assistant", "content": " Bonjour!"}]
-    readers: list[Any] = [tokenizer, AutoTokenizer.from_pretrained(folder)]
-    ids, read = (reader.apply_chat_template(turns, return_dict=True)["input_ids"] for reader in readers)
-    if ids != read:
-        raise RuntimeError(f"the saved tokenizer reads {turns} as {read}, the one trained with as {ids}")
+    read: Any = AutoTokenizer.from_pretrained(folder)
+    text = f"<|user|>\nHello!  Two\n\nlines?{tokenizer.eos_token}\n<|assistant|>\n Bonjour!{tokenizer.eos_token}\n"
+    if read(text)["input_ids"] != tokenizer(text)["input_ids"] or read.chat_template != tokenizer.chat_template:
+        raise RuntimeError(f"the tokenizer saved in {folder} is not the one trained with: it reads {text!r} otherwise")
 
 
 def _save_weights(
