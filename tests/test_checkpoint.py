@@ -19,13 +19,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from zephyr.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
 from zephyr.errors import UserError
+from zephyr.shards import fault
 
 STEPS, VALIDATE_EVERY = 12, 4
+NUMBERS = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int16, torch.int8)
 CLAIM = {"stage": "dpo", "objective.beta": 0.1, "batch_size": 32, "seed": 7}
 
 
@@ -251,7 +254,7 @@ def test_saves_when_due_and_at_the_end_and_keeps_the_newest(tmp_path: Path) -> N
     assert names(tmp_path) == ["step-00000009", "step-00000012"]
     manifest = json.loads((tmp_path / "step-00000009" / "MANIFEST.json").read_text())
     assert manifest["step"] == 9
-    assert manifest["files"].keys() == {"state.pt", "weights.safetensors"}
+    assert manifest["files"].keys() == {"state.pt", "shard-00000.safetensors"}
     assert manifest["versions"]["torch"] == torch.__version__
 
 
@@ -279,7 +282,7 @@ def test_a_new_run_moves_an_older_runs_checkpoints_aside(tmp_path: Path) -> None
     assert aside.startswith("aside-step-00000500-") and last == "step-00000012"
 
 
-@pytest.mark.parametrize("file", ["state.pt", "weights.safetensors", "MANIFEST.json"])
+@pytest.mark.parametrize("file", ["state.pt", "shard-00000.safetensors", "MANIFEST.json"])
 def test_every_damage_is_found_named_and_passed_over(tmp_path: Path, file: str) -> None:
     good, bad = small(tmp_path, 1), small(tmp_path, 2)
     path = bad / file
@@ -303,6 +306,23 @@ def test_every_damage_is_found_named_and_passed_over(tmp_path: Path, file: str) 
     with pytest.warns(UserWarning, match=file):
         assert newest(tmp_path) == good
     verify(good)
+
+
+def test_what_was_verified_is_read_again_only_if_someone_wrote_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = small(tmp_path)
+    read = []
+    monkeypatch.setattr("zephyr.checkpoint.fault", lambda file, facts: read.append(file.name) or fault(file, facts))
+    verify(step)
+    verify(step)
+    FolderCheckpointIO().load_checkpoint(step)
+    assert sorted(read) == ["shard-00000.safetensors", "state.pt"]
+    time.sleep(0.02)  # a file's times are as coarse as the kernel's clock
+    shard = step / "shard-00000.safetensors"
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    with pytest.raises(UserError, match="checksum"):
+        verify(step)
 
 
 def test_newest_takes_steps_as_numbers_and_nothing_else(tmp_path: Path) -> None:
@@ -342,6 +362,8 @@ def test_tied_and_overlapping_weights_come_back(tmp_path: Path) -> None:
         "none": torch.empty(0, 2),
         "nothing": torch.empty(0, 2),
         "packed": torch.arange(5, dtype=torch.uint8),
+        "flags": torch.tensor([True, False, True]),
+        **{str(dtype): torch.arange(6).reshape(3, 2).to(dtype) for dtype in NUMBERS},
         "quantisation": {"kind": "nf4", "blocks": [64]},
     }
     io = FolderCheckpointIO()
@@ -350,9 +372,20 @@ def test_tied_and_overlapping_weights_come_back(tmp_path: Path) -> None:
     assert back.keys() == weights.keys()
     assert back["quantisation"] == weights.pop("quantisation")
     for name, value in weights.items():
-        assert back[name].dtype == value.dtype and torch.equal(back[name], value), name
+        assert back[name].dtype == value.dtype and torch.equal(back[name].double(), value.double()), name
+    shard = tmp_path / "step-1" / "shard-00000.safetensors"
+    readable = load_file(shard)  # by the format's own library
+    assert torch.equal(readable["/state_dict/embed"], table) and "/state_dict/head" not in readable
     size = table.numel() * 4  # stored once, then its transpose and two of its rows as copies
-    assert 2 * size < (tmp_path / "step-1" / "weights.safetensors").stat().st_size < 2.5 * size
+    assert 2 * size < shard.stat().st_size < 2.5 * size
+
+
+def test_tensors_that_the_format_does_not_know_are_refused_when_saving(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"/state_dict/z is of torch.complex64"):
+        FolderCheckpointIO().save_checkpoint(
+            {"state_dict": {"z": torch.ones(2, dtype=torch.complex64)}}, tmp_path / "a"
+        )
+    assert names(tmp_path) == []
 
 
 def test_what_weights_only_refuses_is_refused_when_saving(tmp_path: Path) -> None:
@@ -386,10 +419,11 @@ def test_disk_that_would_fill_up_skips_and_training_goes_on(
 def test_disk_that_does_fill_up_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, whole: Result
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
+    def full(tensors: dict[str, Tensor], file: Path) -> None:
+        file.write_bytes(bytes(100))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("zephyr.checkpoint.save_file", full)
+    monkeypatch.setattr("zephyr.checkpoint.write", full)
     result = train(tmp_path, every=5)
     assert names(tmp_path) == []
     assert "No space left on device" in caplog.text
@@ -431,7 +465,7 @@ def test_everything_is_on_the_disk_before_the_commit(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", log_sync)
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("commit"), replace(a, b)))
     small(tmp_path / "checkpoints")
-    assert order == ["state.pt", "weights.safetensors", "MANIFEST.json", ".tmp", "commit", "checkpoints"]
+    assert order == ["state.pt", "shard", "MANIFEST.json", ".tmp", "commit", "checkpoints"]
 
 
 def test_claim_that_changed_is_listed(tmp_path: Path) -> None:

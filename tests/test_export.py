@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests import tiny
-from zephyr.export import Card, export
+from zephyr.export import Card, export, model_card
 from zephyr.models.attention import SEGMENTS
 
 IDS = torch.arange(60)[None]
@@ -117,7 +117,7 @@ def test_an_adapter_reloads_with_peft_and_with_transformers(tmp_path: Path, monk
     settings = json.loads((tmp_path / "model/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path / "base")  # wherever it is loaded from
     assert not (tmp_path / "model/model.safetensors").exists()
-    assert policy.peft_config["default"].inference_mode is False
+    assert settings["inference_mode"] is True and policy.peft_config["default"].inference_mode is False
 
     from peft import PeftModel
 
@@ -128,6 +128,22 @@ def test_an_adapter_reloads_with_peft_and_with_transformers(tmp_path: Path, monk
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(policy))
     assert not torch.equal(logits(policy), logits(tiny.model(seed=3)))
     assert ModelCard.load(tmp_path / "model/README.md").data.base_model_relation == "adapter"
+
+
+def test_an_adapter_is_stored_in_the_dtype_asked_for(tmp_path: Path):
+    export(tiny.model(seed=3), tiny.tokenizer(), tmp_path / "base", CARD)
+    policy = adapted(tmp_path / "base")
+    export(policy, tiny.tokenizer(), tmp_path / "model", CARD, dtype=torch.bfloat16)
+    weights = load_file(tmp_path / "model/adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B"
+    assert len(weights) == 2 * 2
+    assert torch.equal(weights[f"{name}.weight"], policy.get_parameter(f"{name}.default.weight").to(torch.bfloat16))
+
+
+def test_an_adapters_card_tells_of_the_base_below_it():
+    text, bits = (model_card(CARD, adapter=True, quantization=kind).text for kind in (None, "nf4"))
+    assert "python -m zephyr.merge PATH FOLDER\n```\n\n## Use" in text and "4 bits" not in text
+    assert "held in 4 bits (NF4)" in bits and "## Adapter" not in model_card(CARD).text
 
 
 def test_the_card_can_be_searched_and_read(tmp_path: Path):

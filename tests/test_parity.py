@@ -12,6 +12,7 @@ from zephyr import settings
 from zephyr.data.batch import Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.dpo import DPO
 from zephyr.models.attention import SEGMENTS
+from zephyr.models.reference import Copy
 from zephyr.sft import SFT
 
 ADAMW = settings.Optimizer("adamw", 1e-3, [0.9, 0.999], 1e-8, 0.0, "linear", 0.1, 1.0)
@@ -40,9 +41,7 @@ def perturbed(model, seed: int = 1):
 def dpo_task(reference, policy, beta: float = 0.1) -> DPO:
     for model in (reference, policy):
         model.set_attn_implementation(SEGMENTS)
-    task = DPO(policy, ADAMW, 10, 10.0, objective=settings.Objective("sigmoid", beta))
-    task.reference = reference.eval().requires_grad_(False)
-    return task
+    return DPO(policy.train(), ADAMW, 10, 10.0, objective=tiny.objective(beta=beta), reference=Copy(reference))
 
 
 def oracle(reference, policy, pairs: list[Pair], beta: float = 0.1):

@@ -9,13 +9,15 @@ from torch.testing import assert_close
 
 from tests import tiny
 from tests.test_parity import ADAMW, random_pairs
-from zephyr import settings
 from zephyr.data.batch import pack_pairs
-from zephyr.dpo import DPO, sequence_logps
+from zephyr.dpo import DPO
 from zephyr.errors import UserError
-from zephyr.models.policy import check_policy, load_policy
+from zephyr.models.logps import sequence_sums, token_logps
+from zephyr.models.policy import Placement, check_policy, load_policy
+from zephyr.models.reference import AdapterOff
 
-LORA = settings.Lora(rank=4, alpha=8.0, dropout=0.05, target_modules=["q_proj", "down_proj"])
+LORA = tiny.lora(dropout=0.05, modules=["q_proj", "down_proj"])
+CPU = Placement(torch.device("cpu"), "32-true")
 BATCH = pack_pairs(random_pairs())
 
 
@@ -26,8 +28,12 @@ def base(tmp_path_factory):
     return str(folder)
 
 
-def load(base, lora=None, quantization=None, checkpointing=False, dtype=torch.float32):
-    return load_policy(base, None, dtype, lora, quantization, checkpointing)
+def load(base, lora=None, quantization=None, checkpointing="none", frozen=False):
+    return load_policy(base, None, tiny.model_settings(lora, quantization, checkpointing), CPU, frozen)
+
+
+def sequence_logps(policy, batch):
+    return sequence_sums(token_logps(policy, batch), batch, 2 * batch.examples)
 
 
 def gradients(policy):
@@ -47,7 +53,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_is_really_on(base
     plain = gradients(load(base))
     calls = []
     checkpoint = torch.utils.checkpoint.checkpoint
-    policy = load(base, checkpointing=True)
+    policy = load(base, checkpointing="full")
     counted = lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs)  # noqa: E731
     for module in policy.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
@@ -66,7 +72,7 @@ def test_an_adapter_trains_alone_from_ln_2(base, quantization):
     policy = load(base, LORA, quantization)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 2 and all("lora_" in name for name in trained)  # A and B, two layers, two modules
-    task = DPO(policy, ADAMW, 10, 10.0, objective=settings.Objective("sigmoid", 0.1))
+    task = DPO(policy, ADAMW, 10, 10.0, objective=tiny.objective(), reference=AdapterOff(follows=False))
     loss, sums = task.loss(BATCH)
     assert loss.item() / 4 == pytest.approx(0.693147, abs=1e-6) and sums["rewards/margins"] == 0
     loss.backward()
@@ -94,7 +100,7 @@ def test_gradients_survive_a_validation_between_steps_on_four_bits(base):
 
 
 def test_misspelt_target_modules_are_named_beside_the_real_ones(base):
-    lora = settings.Lora(4, 8.0, 0.0, ["q_porj"])
+    lora = tiny.lora(modules=["q_porj"])
     with pytest.raises(UserError, match="q_porj name no linear layer; there are .*q_proj"):
         load(base, lora)
 
@@ -102,12 +108,11 @@ def test_misspelt_target_modules_are_named_beside_the_real_ones(base):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"adapter_config.json": {}}, "is an adapter. Merge it into its base first"),
         ({"config.json": {"model_type": "gemma2", "final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
         ({"model/config.json": {}}, "Did you mean .*model"),
         ({}, "holds no model"),
     ],
-    ids=["adapter", "softcapped", "output folder", "empty"],
+    ids=["softcapped", "output folder", "empty"],
 )
 def test_what_cannot_be_trained_is_refused_before_weights_load(tmp_path, files, message):
     for name, content in files.items():

@@ -11,9 +11,7 @@ from torch.testing import assert_close
 
 from tests import tiny
 from tests.test_parity import ADAMW, dpo_task, perturbed, random_pairs
-from zephyr import settings
 from zephyr.data.batch import Conversation, pack_conversations, pack_pairs
-from zephyr.dpo import DPO
 from zephyr.errors import UserError
 from zephyr.models.attention import SEGMENTS
 from zephyr.sft import SFT
@@ -88,8 +86,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update():
 
 
 def test_only_the_policy_trains_and_only_what_trains_is_saved():
-    task = DPO(tiny.model(0), ADAMW, 10, 10.0, objective=settings.Objective("sigmoid", 0.1))
-    assert task.policy.training and not task.reference.training
+    task = dpo_task(tiny.model(0), tiny.model(0))
+    assert task.policy.training and not task.reference.model.training
     assert all(p.requires_grad for p in task.policy.parameters())
     assert not any(p.requires_grad for p in task.reference.parameters())
     [group] = [{id(p) for group in task.configure_optimizers()["optimizer"].param_groups for p in group["params"]}]
@@ -107,9 +105,7 @@ def test_a_checkpoint_of_other_weights_is_refused():
 
 def test_dpo_trains_without_dropout():
     policy = tiny.model(0, attention_dropout=0.5)
-    task = DPO(policy, ADAMW, 10, 10.0, objective=settings.Objective("sigmoid", 0.1))
-    policy.set_attn_implementation(SEGMENTS)
-    task.reference.set_attn_implementation(SEGMENTS)
+    task = dpo_task(copy.deepcopy(policy), policy)
     loss, sums = task.loss(pack_pairs(random_pairs()))
     assert sums["rewards/margins"] == 0 and loss.item() / 4 == pytest.approx(0.693147, abs=1e-6)
 

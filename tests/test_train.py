@@ -143,7 +143,7 @@ def test_a_sweep_gives_each_job_its_folder(tmp_path):
 
 def test_bf16_trains(tmp_path):
     folder = world(tmp_path)
-    train(folder, "dpo", folder / "bf16", "trainer.precision=bf16-mixed", "model.activation_checkpointing=true")
+    train(folder, "dpo", folder / "bf16", "trainer.precision=bf16-mixed", "model.activation_checkpointing=full")
     loss = column(folder / "bf16", "train/loss")
     assert loss[0] == pytest.approx(0.693147, abs=1e-3) and loss[-1] < loss[0]
 

@@ -6,6 +6,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from zephyr import settings
 from zephyr.data.render import control_tokens, template
 
 EOS, PAD = "</s>", "<pad>"
@@ -44,3 +45,25 @@ def model(seed: int = 0, **overrides: Any) -> MistralForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MistralForCausalLM(config).train()
+
+
+def objective(name: str = "sigmoid", beta: float = 0.1, **changes: Any) -> settings.Objective:
+    """An objective without modifiers, but for `changes`; keys that are no field are the function's own."""
+    plain = {"divergence": "reverse_kl", "divergence_alpha": 0.5, "weighting": None, "ld_alpha": 1.0, "nll_weight": 0.0}
+    own = {key: value for key, value in changes.items() if key not in plain}
+    common = {key: changes.get(key, value) for key, value in plain.items()}
+    return settings.Objective(name=name, beta=beta, options=own, **common)
+
+
+def lora(
+    rank: int = 4, alpha: float = 8.0, dropout: float = 0.0, modules: Any = "all-linear", **kinds: bool
+) -> settings.Lora:
+    """A plain adapter, but for `kinds` (dora, rslora)."""
+    return settings.Lora(rank, alpha, dropout, modules, kinds.get("dora", False), kinds.get("rslora", False))
+
+
+def model_settings(
+    adapter: settings.Lora | None = None, quantization: str | None = None, checkpointing: str = "none"
+) -> settings.Model:
+    """How to hold a policy; the paths are not read by what loads it."""
+    return settings.Model(None, None, "base", None, adapter, quantization, False, checkpointing)  # type: ignore[arg-type]

@@ -1,71 +1,66 @@
 """Checkpoints that are whole or absent: one folder a step, committed by a rename, verified before use.
 
     checkpoints/step-00000500/
-        state.pt              all that Lightning hands over but the weights; read with weights_only=True
-        weights.safetensors   the weights; tied tensors are stored once, their other names in the header
-        MANIFEST.json         size and BLAKE2b digest of both files, step, versions, and a seal over itself
+        state.pt                  all that Lightning hands over but big tensors; read with weights_only=True
+        shard-00000.safetensors   weights and optimizer state: what this process wrote of them (zephyr.shards)
+        MANIFEST.json             size and BLAKE2b digest of every file, step, versions, and a seal over itself
 
-A folder is written as `.tmp-*` beside its final place and deleted as `.del-*`: a process killed at any moment
-leaves nothing incomplete under a step's name. `aside-*` folders are steps that no longer belong to the run.
+Any number of processes reads what any other number wrote, sharded or not. A folder is written as `.tmp-*` beside its
+final place and deleted as `.del-*`: a process killed at any moment leaves nothing incomplete under a step's name.
+`aside-*` folders are steps that no longer belong to the run.
 """
 
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import pickle
-import random
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from zephyr import __version__
+from zephyr import __version__, distributed
 from zephyr.errors import UserError
+from zephyr.randomness import random_state, set_random_state
+from zephyr.shards import Stored, change, fault, join, put, split, write
 
 log = logging.getLogger(__name__)
 
-STATE, WEIGHTS, MANIFEST = "state.pt", "weights.safetensors", "MANIFEST.json"
+STATE, MANIFEST = "state.pt", "MANIFEST.json"
 STEP = re.compile(r"step-(\d+)")
+
+_Value = TypeVar("_Value")
+_verified: dict[Path, Any] = {}  # folder -> what its files were when they were found whole
 
 
 def verify(folder: Path) -> None:
-    """Raise UserError, naming the file, unless every byte of the checkpoint is as it was written."""
-    if not folder.is_dir():
-        raise UserError(f"there is no checkpoint at {folder}; resume=auto takes the newest of output_dir.")
-    try:
-        sealed = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(sealed)
-        if _seal(manifest) != sealed:
-            raise ValueError("the seal is broken")
-    except FileNotFoundError:
-        raise _damaged(folder, MANIFEST, "is missing") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(folder, MANIFEST, f"cannot be trusted: {error}") from None
-    for name, written in manifest["files"].items():
-        try:
-            size = (folder / name).stat().st_size
-            if size != written["size"]:
-                raise _damaged(folder, name, f"has {size} bytes, {written['size']} were written")
-            if _digest(folder / name) != written["blake2b"]:
-                raise _damaged(folder, name, "is not what was written: its checksum differs")
-        except FileNotFoundError:
-            raise _damaged(folder, name, "is missing") from None
-        except OSError as error:
-            raise _damaged(folder, name, f"cannot be read: {error.strerror}") from None
+    """Raise UserError, naming the file, unless every byte of the checkpoint is as it was written.
+
+    What this process has verified, and nobody has written to since, it does not read again.
+    """
+    manifest, sealed = _manifest(folder)
+    files = {folder / name: written for name, written in manifest["files"].items()}
+    state = sealed, [file.exists() and file.stat().st_ctime_ns for file in files]
+    if _verified.get(folder.absolute()) == state:
+        return
+    with ThreadPoolExecutor(8) as pool:  # 1 GB/s each
+        for file, found in zip(files, pool.map(fault, files, files.values()), strict=True):
+            if found:
+                raise _damaged(folder, file.name, found)
+    _verified[folder.absolute()] = state
 
 
 def newest(folder: Path) -> Path | None:
@@ -81,52 +76,49 @@ def newest(folder: Path) -> Path | None:
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Reads and writes checkpoint folders for Lightning, on the ranks where Lightning asks for it."""
+    """Reads and writes checkpoint folders for Lightning, on every process of the run."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Commit `checkpoint` to the folder `path`, or log an error and leave no trace if the disk will not.
 
-        A whole checkpoint that is there already stays; a damaged one is moved aside.
+        All processes call this, and none returns before the commit. A whole checkpoint that is there already stays;
+        a damaged one is moved aside.
 
         Raises:
             TypeError: `checkpoint` holds an object that weights_only=True would refuse to read back.
         """
-        target = Path(path)
-        needed, free = _room(target.parent)
-        if free < needed:
-            space = f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed"
-            return log.error(f"no checkpoint at {target}: {space}. Training goes on; free some space.")
-        staging = _beside(target, ".tmp")
+        target, first = Path(path), distributed.rank() == 0
+        staging = _of_every_rank(_beside(target, ".tmp"))[0]
         try:
-            staging.mkdir(parents=True)
-            _write(checkpoint, staging)
-            if target.exists():
-                try:
-                    return verify(target)
-                except UserError as error:
-                    log.error(f"{error} Writing it anew.")
-                    os.replace(target, _beside(target, "aside"))
-            os.replace(staging, target)  # the commit point
-            _sync(target.parent)
-        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save, of a full disk
-            log.error(f"no checkpoint at {target} ({free / 2**20:.0f} MiB free): {error}. Training goes on.")
+            _together(lambda: _begin(staging) if first else None)
+            files = _together(lambda: _write(checkpoint, staging))
+            written = {name: facts for part in files for name, facts in part.items()}
+            _together(lambda: _commit(staging, target, checkpoint, written) if first else None)
+        except OSError as error:
+            if first:
+                log.error(f"no checkpoint at {target}: {error}. Training goes on.")
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if first:
+                shutil.rmtree(staging, ignore_errors=True)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Verify the folder (UserError if damaged) and read it, always with weights_only=True."""
+        """Verify the folder (UserError if damaged) and read all of it, always with weights_only=True."""
+        checkpoint = self.open(path)
+        whole = change(_big(checkpoint), lambda _, value: value.whole() if isinstance(value, Stored) else value)
+        return checkpoint | whole
+
+    def open(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The checkpoint with a zephyr.shards.Stored for each big tensor. All processes call this; rank 0 verifies."""
         folder = Path(path)
-        verify(folder)
-        checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location=map_location or "cpu", weights_only=True)
-        weights = load_file(folder / WEIGHTS)
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            ties: dict[str, str] = file.metadata() or {}
-        checkpoint["state_dict"] |= weights | {name: weights[kept] for name, kept in ties.items()}
-        return checkpoint
+        distributed.from_first(lambda: verify(folder))
+        manifest, _ = _manifest(folder)
+        shards = [folder / name for name in manifest["files"] if name != STATE]
+        checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        return checkpoint | join(_big(checkpoint), shards)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete the folder, which loses its step's name first."""
@@ -155,6 +147,7 @@ class Checkpoints(Checkpoint):
         self._unvalidated = False
         self._before_validation: dict[str, Any] = {}
         self._resumed: list[dict[str, Any]] | None = None
+        self._optimizers: list[str] | None = None
 
     def check(self, checkpoint: Path) -> None:
         """Raise UserError unless the checkpoint makes the same claim; cheap enough to ask before all else."""
@@ -173,7 +166,7 @@ class Checkpoints(Checkpoint):
                 trainer.strategy.remove_checkpoint(old)
 
     def state_dict(self) -> dict[str, Any]:
-        state = self._before_validation if self._unvalidated else _random_state()
+        state = self._before_validation if self._unvalidated else random_state()
         return {"claim": self.claim, "random": _of_every_rank(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -186,6 +179,18 @@ class Checkpoints(Checkpoint):
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             for span in ("total", "current"):
                 progress[span] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._optimizers = checkpoint["optimizers"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        here = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        if self._optimizers not in (None, here):  # sharded weights are stepped by AdamW, whatever the claim
+            raise UserError(
+                f"the checkpoint holds the state of {self._optimizers}, which {here} cannot go on from."
+                " Resume with the strategy that wrote it."
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero:
@@ -228,7 +233,7 @@ class Checkpoints(Checkpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore(trainer)
         # after the validation loader has drawn its seed: when resumed, it will have drawn one again
-        self._before_validation = _random_state()
+        self._before_validation = random_state()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and trainer.global_step > 0:
@@ -245,51 +250,78 @@ class Checkpoints(Checkpoint):
     def _restore(self, trainer: Trainer) -> None:
         states, self._resumed = self._resumed, None
         if states is not None and trainer.global_rank < len(states):
-            _set_random_state(states[trainer.global_rank])
+            set_random_state(states[trainer.global_rank])
 
 
-def _write(checkpoint: dict[str, Any], folder: Path) -> None:
-    state_dict = checkpoint.get("state_dict", {})
-    weights, ties = _untie({name: value for name, value in state_dict.items() if isinstance(value, Tensor)})
-    rest = {name: value for name, value in state_dict.items() if not isinstance(value, Tensor)}
-    torch.save({**checkpoint, "state_dict": rest}, folder / STATE)
+def _begin(staging: Path) -> None:
+    """Make the folder, unless one more checkpoint, judged by the one before, would not fit (OSError)."""
+    last = _steps(staging.parent)[-1:]
+    needed = 1.2 * sum(file.stat().st_size for step in last for file in step.iterdir())
+    if last and (free := shutil.disk_usage(staging.parent).free) < needed:
+        raise OSError(f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed")
+    staging.mkdir(parents=True)
+
+
+def _big(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return {name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}
+
+
+def _write(checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write this process's files; returns size and digest of each."""
+    placeholders, tensors = split(_big(checkpoint))
+    files = {}
+    if distributed.rank() == 0:
+        files[STATE] = put(folder / STATE, [_state(checkpoint | placeholders)])
+    shard = f"shard-{distributed.rank():05d}.safetensors"
+    if (facts := write(tensors, folder / shard)) is not None:
+        files[shard] = facts
+    return files
+
+
+def _state(checkpoint: dict[str, Any]) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
     try:
-        torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+        torch.load(buffer, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         raise TypeError(
             f"the checkpoint holds {culprit[1] if culprit else 'an object'} that weights_only=True does not"
             " read: put only tensors and plain values into state_dict and on_save_checkpoint"
         ) from error
-    save_file(weights, folder / WEIGHTS, metadata=ties)
-    files = {}
-    for name in (STATE, WEIGHTS):
-        _sync(folder / name)
-        files[name] = {"size": (folder / name).stat().st_size, "blake2b": _digest(folder / name)}
+    return buffer.getbuffer()
+
+
+def _commit(staging: Path, target: Path, checkpoint: dict[str, Any], files: dict[str, Any]) -> None:
     versions = {name: version(name) for name in ("torch", "lightning", "transformers")} | {"zephyr": __version__}
     manifest = {"step": checkpoint.get("global_step"), "files": files, "versions": versions}
-    (folder / MANIFEST).write_bytes(_seal(manifest))
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    put(staging / MANIFEST, [_seal(manifest)])
+    _sync(staging)
+    if target.exists():
+        try:
+            return verify(target)
+        except UserError as error:
+            log.error(f"{error} Writing it anew.")
+            os.replace(target, _beside(target, "aside"))
+    os.replace(staging, target)  # the commit point
+    _sync(target.parent)
 
 
-def _untie(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors that share no memory, and for each name left out the name of the same tensor that was kept."""
-    kept: dict[str, Tensor] = {}
-    ties: dict[str, str] = {}
-    views: dict[Any, str] = {}
-    storages = set()
-    for name, value in tensors.items():
-        tensor = value.detach().cpu()
-        view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() > 0 and value.device.type == "cpu" and view in views:
-            ties[name] = views[view]
-            continue
-        shared = tensor.untyped_storage().data_ptr() in storages
-        kept[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-        storages.add(tensor.untyped_storage().data_ptr())
-        views[view] = name
-    return kept, ties
+def _manifest(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """The manifest and its bytes; UserError unless its seal is whole."""
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint at {folder}; resume=auto takes the newest of output_dir.")
+    try:
+        sealed = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(sealed)
+        if _seal(manifest) != sealed:
+            raise ValueError("the seal is broken")
+    except FileNotFoundError:
+        raise _damaged(folder, MANIFEST, "is missing") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(folder, MANIFEST, f"cannot be trusted: {error}") from None
+    return manifest, sealed
 
 
 def _seal(manifest: dict[str, Any]) -> bytes:
@@ -297,11 +329,6 @@ def _seal(manifest: dict[str, Any]) -> bytes:
     body = {name: value for name, value in manifest.items() if name != "seal"}
     digest = hashlib.blake2b(json.dumps(body).encode(), digest_size=32).hexdigest()
     return json.dumps({**body, "seal": digest}, indent=1).encode()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def _damaged(folder: Path, name: str, how: str) -> UserError:
@@ -332,13 +359,6 @@ def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f"{kind}-{path.name}-{uuid4().hex[:8]}")
 
 
-def _room(folder: Path) -> tuple[float, int]:
-    """Bytes that one more checkpoint needs, judged by the one before (0 if there is none), and bytes free."""
-    last = _steps(folder)[-1:]
-    needed = 1.2 * sum(file.stat().st_size for step in last for file in step.iterdir())
-    return needed, shutil.disk_usage(folder).free if last else 0
-
-
 def _compare(stored: dict[str, Any], claim: dict[str, Any]) -> None:
     changed = [
         f"  {name}: {stored.get(name, '(not set)')} -> {claim.get(name, '(not set)')}"
@@ -352,32 +372,28 @@ def _compare(stored: dict[str, Any], claim: dict[str, Any]) -> None:
         )
 
 
-def _random_state() -> dict[str, Any]:
-    """States of this process's generators, in types that weights_only=True reads."""
-    mersenne = np.random.get_state(legacy=False)
-    mersenne["state"]["key"] = mersenne["state"]["key"].tolist()
-    on_cuda = torch.cuda.is_initialized()
-    return {
-        "python": random.getstate(),
-        "numpy": mersenne,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if on_cuda else None,
-    }
+def _together(action: Callable[[], _Value]) -> list[_Value]:
+    """What `action` returns on each rank. If it raises on any, all raise: OSError unless something else went wrong."""
+    value: Any = None
+    failure: Exception | None = None
+    try:
+        value = action()
+    except Exception as error:
+        failure = error
+    outcomes = _of_every_rank((value, None if failure is None else str(failure), isinstance(failure, OSError)))
+    faults = [(of_disk, rank, text) for rank, (_, text, of_disk) in enumerate(outcomes) if text is not None]
+    if not faults:
+        return [made for made, _, _ in outcomes]
+    if failure is not None and (len(outcomes) == 1 or not isinstance(failure, OSError)):
+        raise failure
+    of_disk, rank, text = min(faults)
+    raise (OSError if of_disk else RuntimeError)(f"rank {rank}: {text}")
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    mersenne = state["numpy"]
-    key = np.array(mersenne["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**mersenne, "state": {**mersenne["state"], "key": key}})
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _of_every_rank(state: dict[str, Any]) -> list[dict[str, Any]]:
+def _of_every_rank(value: _Value) -> list[_Value]:
+    """The values of all ranks, on each of them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

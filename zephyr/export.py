@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from zephyr import __version__
+from zephyr.models.adapters import combined
+from zephyr.models.lineage import Lineage, save_record
+from zephyr.models.policy import weights_fingerprint
 
 Value = str | int | float | bool | None
 
@@ -39,14 +43,14 @@ def export(
     policy: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    card: Card,
+    card: Card | ModelCard,
     dtype: torch.dtype | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the policy, its tokenizer and its card to `folder`, in place of what was there.
 
-    A PEFT policy is written as an adapter. Weights are stored in `dtype`, or as they are. A sharded policy
-    needs its gathered `state_dict`, and one process that calls this. On any failure the old folder stays.
+    A PEFT policy is written as one adapter over its base. Weights are stored in `dtype`, or as they are. A sharded
+    policy needs its gathered `state_dict`, and one process that calls this. On any failure the old folder stays.
     """
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +59,15 @@ def export(
     try:
         partial.mkdir()
         adapter = hasattr(policy, "peft_config")
-        _save_weights(policy, tokenizer, partial, dtype, state_dict)
+        origin: Lineage | None = getattr(policy, "lineage", None)
+        if adapter:
+            _save_adapter(policy, origin, partial, dtype, state_dict)
+        else:
+            _save_weights(policy, tokenizer, partial, dtype, state_dict)
         _save_tokenizer(tokenizer, partial)
-        model_card(card, adapter).save(partial / "README.md")
+        if isinstance(card, Card):
+            card = model_card(card, adapter, origin.quantization if origin else None)
+        card.save(partial / "README.md")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -67,8 +77,11 @@ def export(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def model_card(card: Card, adapter: bool = False) -> ModelCard:
-    """The card as huggingface_hub has it: metadata for search, then a text for readers."""
+def model_card(card: Card, adapter: bool = False, quantization: str | None = None) -> ModelCard:
+    """The card as huggingface_hub has it: metadata for search, then a text for readers.
+
+    `quantization` is that of an adapter's base.
+    """
     hub_datasets = [name for name in card.datasets if _is_hub_id(name)]
     split: dict[str, Any] = {
         "task_type": "text-generation",
@@ -102,6 +115,7 @@ def model_card(card: Card, adapter: bool = False) -> ModelCard:
         template_str=_BODY,
         card=card,
         adapter=adapter,
+        quantization=quantization,
         training=_table("Setting", "Value", card.training),
         metrics=_table("Metric", "Value", card.metrics),
         fingerprints=_table("Split", "Fingerprint", card.fingerprints),
@@ -119,6 +133,24 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise RuntimeError(f"the tokenizer saved in {folder} is not the one trained with: it reads {text!r} otherwise")
 
 
+def _save_adapter(
+    policy: Any,
+    origin: Lineage | None,
+    folder: Path,
+    dtype: torch.dtype | None,
+    state_dict: dict[str, Tensor] | None,
+) -> None:
+    """Save a PEFT policy's adapter, and what it was trained on."""
+    config, weights = combined(policy, state_dict)
+    weights = {name: weight.to(dtype) if dtype else weight for name, weight in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    if origin is not None:
+        if origin.base_weights is None and origin.base and Path(origin.base).is_dir():
+            origin = origin._replace(base_weights=weights_fingerprint(origin.base, origin.base_revision))
+        save_record(origin, folder)
+
+
 def _save_weights(
     policy: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -129,17 +161,6 @@ def _save_weights(
     if dtype is not None:
         state_dict = policy.state_dict() if state_dict is None else state_dict
         state_dict = {k: v.to("cpu", dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
-    if hasattr(policy, "peft_config"):
-        name = policy.active_adapter
-        policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False, state_dict=state_dict)
-        settings = copy.deepcopy(policy.peft_config[name])
-        base = Path(settings.base_model_name_or_path or "")
-        if base.is_dir():
-            settings.base_model_name_or_path = str(base.resolve())
-        settings.inference_mode = True
-        settings.save_pretrained(folder)
-        return
-
     # transformers writes the config as training bends it, and refuses some base models' generation settings:
     # both are set aside while it writes the weights, then written as they should be.
     kept = copy.deepcopy(policy.config), policy.generation_config
@@ -215,7 +236,16 @@ dialogues written by a stronger one.
 `{{ card.base_model }}`{% if card.base_revision %} at revision `{{ card.base_revision }}`{% endif %}.
 {%- if adapter %}
 
-This folder holds the adapter alone; the weights of the base model are loaded beside it.{% endif %}
+## Adapter
+
+This folder holds the adapter alone; the weights of the base model are loaded beside it.{% if quantization %} In
+training that base was held in 4 bits ({{ quantization.upper() }}), and differs from its stored weights by rounding: so
+does the model that they make with this adapter.{% endif %} To have one folder with all weights:
+
+```
+python -m zephyr.merge PATH FOLDER
+```
+{%- endif %}
 
 ## Use
 

@@ -28,8 +28,10 @@ Natural = Annotated[int, Must("at least 0", lambda value: value >= 0)]
 Decay = Annotated[float, Must("at least 0", lambda value: value >= 0)]
 Positive = Annotated[float, Must("above 0", lambda value: value > 0)]
 Share = Annotated[float, Must("in [0, 1)", lambda value: 0 <= value < 1)]
+Portion = Annotated[float, Must("in [0, 1]", lambda value: 0 <= value <= 1)]
 Seed = Annotated[int, Must("in [0, 2^32)", lambda value: 0 <= value < 2**32)]
 Text = Annotated[str, Must("a text that is not empty", bool)]
+Names = Annotated[list[Text], Must("all-linear or a list of names", bool)]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Lora:
     rank: Count
     alpha: Positive
     dropout: Share  # probability; DPO trains without, whatever it says here
-    target_modules: Annotated[list[Text], Must("a list of names", bool)]  # names of linear layers, e.g. q_proj
+    target_modules: Literal["all-linear"] | Names  # linear layers, e.g. q_proj; all-linear: all but the head
+    dora: bool  # learn each column's length apart (Liu et al., 2024)
+    rslora: bool  # scale by alpha / sqrt(rank) (Kalajdzievski, 2023)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class Model:
     base_revision: str | None
     lora: Lora | None  # train an adapter in place of all weights
     quantization: Literal["nf4"] | None  # frozen base weights in 4 bits; needs lora
-    activation_checkpointing: bool  # recompute each layer in the backward pass: less memory, a third more time
+    double_quantization: bool  # quantise the 4-bit blocks' scales too: 0.4 bits a weight less
+    # recompute in the backward pass: each layer in full (a third more time), or all but attention and narrow products
+    activation_checkpointing: Literal["none", "full", "selective"]
 
     def __post_init__(self) -> None:
         if self.quantization and self.lora is None:
@@ -97,18 +103,42 @@ class PreferenceData(Data):
 
 @dataclass(frozen=True)
 class Objective:
-    """The preference loss."""
+    """The preference loss: a function of zephyr.objectives and what modifies it."""
 
-    name: Literal["sigmoid"]
+    name: Text
     # pull towards the reference
     beta: Annotated[float, Must("above 0 (Zephyr used 0.1; at 0 nothing is learned)", lambda value: value > 0)]
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"]  # from the reference; DPO's is reverse_kl
+    divergence_alpha: Positive  # of the alpha divergence
+    weighting: Literal["wpo"] | None  # weigh a pair by how likely the policy is to write it
+    ld_alpha: Portion  # weight of the tokens by which one completion is longer than the other; 1: plain sums
+    nll_weight: Decay  # adds so much of the chosen completion's mean negative log-likelihood
+    options: dict[str, float]  # the function's own parameters; written beside the others, as objective.NAME
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the policy is compared with: the model that it starts as."""
+
+    # copy: a second set of weights; adapter: the policy with its new adapter off; precomputed: log-probabilities from
+    # disk, made before the first step; auto: adapter if there is one, else copy if it fits, else precomputed
+    mode: Literal["auto", "copy", "adapter", "precomputed"]
+    sync_every_n_steps: Count | None  # TR-DPO: move the reference towards the policy so often
+    sync_share: Annotated[float, Must("in (0, 1]", lambda value: 0 < value <= 1)]  # by so much; 1 replaces it
+
+    def __post_init__(self) -> None:
+        if self.mode == "precomputed" and self.sync_every_n_steps:
+            raise UserError(
+                "reference=precomputed cannot follow the policy: its log-probabilities are made once. "
+                "Take reference=copy or adapter, or reference.sync_every_n_steps=null."
+            )
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """How the policy is stepped."""
 
-    name: Literal["adamw", "paged_adamw_32bit"]
+    name: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"]
     lr: Positive  # peak
     betas: Annotated[list[Share], Must("a list of two numbers", lambda value: len(value) == 2)]
     eps: Positive
@@ -122,8 +152,14 @@ class Optimizer:
 class Trainer:
     """Where and how long."""
 
+    # ddp: each device holds the model; fsdp: they share it out; auto: what is there, said with its reason
+    strategy: Literal["auto", "ddp", "fsdp"]
     accelerator: Literal["auto", "cpu", "gpu"]
-    devices: Literal[1]
+    devices: Literal["auto"] | Count  # of each node; on a CPU, processes
+    num_nodes: Count
+    replicas: Count | None  # fsdp: whole copies of the sharded model (HSDP); null: one a node
+    cpu_offload: bool  # fsdp: weights, gradients and optimizer live in the host's memory
+    compile: bool  # torch.compile, a layer at a time
     precision: Literal["32-true", "bf16-mixed", "bf16-true"]
     max_epochs: Positive  # passes over the examples
     max_steps: Count | None  # optimizer steps; when given it sets the length in place of max_epochs
@@ -170,20 +206,24 @@ class Settings:
     model: Model
     data: ChatData | PreferenceData
     objective: Objective | None  # dpo only
+    reference: Reference | None  # dpo only
     optimizer: Optimizer
     trainer: Trainer
     checkpoint: Checkpoint
     samples: Samples
     logger: Wandb | None
+    dry_run: bool  # print what the run would take, and stop
+    gpu: Text  # that a dry run reckons with
 
 
 def parse(config: dict[str, Any]) -> Settings:
     """Check a resolved configuration and turn it into settings. Raises UserError at the first mistake."""
     if config.get("stage") == "dpo":
-        kinds: dict[str, Any] = {"data": PreferenceData, "objective": Objective}
+        kinds: dict[str, Any] = {"data": PreferenceData, "objective": Objective, "reference": Reference}
+        config = {**config, "objective": _with_options(config.get("objective"))}
     else:
-        config = {"objective": None, **config}
-        kinds = {"data": ChatData, "objective": type(None)}
+        config = {"objective": None, "reference": None, **config}
+        kinds = {"data": ChatData, "objective": type(None), "reference": type(None)}
     return typing.cast(Settings, _build(Settings, config, "", kinds))
 
 
@@ -191,6 +231,15 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
     """A hint at the most similar name, or nothing."""
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _with_options(objective: Any) -> Any:
+    """An objective's own parameters are written beside the keys that all have; which they are, its function says."""
+    if not isinstance(objective, dict) or "options" in objective:
+        return objective
+    common = [field.name for field in fields(Objective)]
+    own = {key: value for key, value in objective.items() if key not in common}
+    return {key: value for key, value in objective.items() if key in common} | {"options": own}
 
 
 def _build(kind: Any, values: Any, where: str, narrowed: dict[str, Any] | None = None) -> Any:
@@ -209,10 +258,13 @@ def _build(kind: Any, values: Any, where: str, narrowed: dict[str, Any] | None =
 
 def _value(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) in (types.UnionType, typing.Union):
-        options = [option for option in get_args(kind) if option is not type(None)]
         if value is None and type(None) in get_args(kind):
             return None
-        kind = options[0]
+        options = [option for option in get_args(kind) if option is not type(None)]
+        words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+        kind = next((o for o in options if get_origin(o) is not Literal), options[0])
+        if value in words:
+            return value
     if get_origin(kind) is Annotated:
         kind, must = get_args(kind)
         checked = _value(kind, value, where)
@@ -225,6 +277,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise UserError(f"{where} must be a list, got {value!r}.")
         return [_value(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be a group of keys, got {value!r}.")
+        return {key: _value(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
     if get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
         if value not in get_args(kind) or isinstance(value, bool):

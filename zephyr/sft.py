@@ -4,7 +4,7 @@ from torch import Tensor
 
 from zephyr.data.batch import Batch
 from zephyr.models.logps import token_logps
-from zephyr.task import Task
+from zephyr.task import Sums, Task
 
 
 class SFT(Task):
@@ -13,5 +13,5 @@ class SFT(Task):
     def units(self, batch: Batch) -> int:
         return len(batch.targets)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch) -> tuple[Tensor, Sums]:
         return -token_logps(self.policy, batch).double().sum(), {}

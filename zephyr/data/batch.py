@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     targets: Tensor  # [N] token id to predict
     sequences: Tensor  # [N] sequence, in 0..S-1, that the target belongs to
     examples: int  # conversations, or pairs (then S = 2 x pairs: the chosen ones first, then the rejected ones)
+    reference: Tensor | None = None  # [S] precomputed log-probabilities of the sequences under the reference, in nats
 
 
 class Conversation(NamedTuple):
@@ -102,3 +103,7 @@ def _batch(
     tensors = (torch.tensor(column, dtype=torch.long) for column in (ids, positions, sources, targets, sequences))
     row, place, source, target, sequence = tensors
     return Batch(row, place, segments, source, target, sequence, examples)
+
+
+# What a rank computes while others have one micro-batch more: collectives need every rank the same number of times.
+IDLE = _batch([0], [0], [Segment(0, 1, 0, 0)], [], [], [], 0)

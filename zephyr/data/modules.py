@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from zephyr import settings
 from zephyr.data import sources
-from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pack_pairs
-from zephyr.data.packing import best_fit, micro_batches
+from zephyr.data.batch import IDLE, Batch, Conversation, Pair, pack_conversations, pack_pairs
+from zephyr.data.packing import best_fit, deal
 from zephyr.data.render import Message, with_system
 from zephyr.data.tokenised import Options, Report, Table, tokenised_conversations, tokenised_pairs
 from zephyr.errors import UserError
@@ -65,18 +65,31 @@ class Pairs(Examples):
     def __init__(self, table: Table, report: Report) -> None:
         self.table, self.report = table, report
         self.lengths = np.sum([table.lengths(name) for name in Pair._fields], 0).tolist()
+        self.reference: np.ndarray | None = None  # [pairs, 2] log-probabilities of (chosen, rejected), precomputed
 
     def pack(self, examples: list[int]) -> Batch:
         row = self.table.row
-        return pack_pairs([Pair(*(row(name, i) for name in Pair._fields)) for i in examples])
+        batch = pack_pairs([Pair(*(row(name, i) for name in Pair._fields)) for i in examples])
+        if self.reference is None:
+            return batch
+        return batch._replace(reference=torch.from_numpy(self.reference[examples].T.reshape(-1)))
 
 
 class Steps(Dataset[list[Batch]]):
-    """The optimizer steps of a run: step s holds exactly `batch_size` examples."""
+    """One rank's part of the optimizer steps of a run: step s holds exactly `batch_size` examples over all ranks."""
 
-    def __init__(self, examples: Examples, batch_size: int, micro_batch_tokens: int, steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        micro_batch_tokens: int,
+        steps: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.examples, self.batch_size, self.micro_batch_tokens = examples, batch_size, micro_batch_tokens
-        self.steps, self.seed = steps, seed
+        self.steps, self.seed, self.rank, self.ranks = steps, seed, rank, ranks
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
@@ -86,10 +99,9 @@ class Steps(Dataset[list[Batch]]):
         first = step * self.batch_size
         chosen = [self._example(position) for position in range(first, first + self.batch_size)]
         lengths = [self.examples.lengths[i] for i in chosen]
-        return [
-            self.examples.pack([chosen[i] for i in members])
-            for members in micro_batches(lengths, self.micro_batch_tokens)
-        ]
+        hands = deal(lengths, self.micro_batch_tokens, self.ranks)
+        own = [self.examples.pack([chosen[i] for i in members]) for members in hands[self.rank]]
+        return own + [IDLE] * (max(map(len, hands)) - len(own))
 
     def _example(self, position: int) -> int:
         epoch, index = divmod(position, len(self.examples.lengths))
@@ -100,17 +112,23 @@ class Steps(Dataset[list[Batch]]):
 
 
 class MicroBatches(Dataset[list[Batch]]):
-    """Every example once, in micro-batches: what validation reads."""
+    """One rank's part of every example once, in micro-batches, as many as the others': what validation reads."""
 
-    def __init__(self, examples: Examples, micro_batch_tokens: int) -> None:
+    def __init__(self, examples: Examples, micro_batch_tokens: int, rank: int = 0, ranks: int = 1) -> None:
         self.examples = examples
-        self.members = micro_batches(examples.lengths, micro_batch_tokens)
+        hands = deal(examples.lengths, micro_batch_tokens, ranks)
+        self.members, self.count = hands[rank], max(map(len, hands))
 
     def __len__(self) -> int:
-        return len(self.members)
+        return self.count
 
     def __getitem__(self, index: int) -> list[Batch]:
-        return [self.examples.pack(self.members[index])]
+        return [self.examples.pack(self.members[index]) if index < len(self.members) else IDLE]
+
+    def with_members(self) -> Iterator[tuple[list[int], Batch]]:
+        """Each micro-batch and which examples it holds."""
+        for index in range(self.count):
+            yield self.members[index] if index < len(self.members) else [], self[index][0]
 
 
 class _From(Sampler[int]):
@@ -134,6 +152,7 @@ class DataModule(L.LightningDataModule, ABC):
         max_epochs: passes over the examples.
         max_steps: length of the run in optimizer steps, whatever `max_epochs` says; None leaves it to the epochs.
         seed: order of the examples.
+        rank, ranks: which part of each step this process packs; together the ranks hold the same steps as one would.
     """
 
     def __init__(
@@ -143,11 +162,14 @@ class DataModule(L.LightningDataModule, ABC):
         max_epochs: float,
         max_steps: int | None,
         seed: int,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         super().__init__()
         self.settings, self.tokenizer = settings, tokenizer
         self.max_epochs, self.max_steps, self.seed = max_epochs, max_steps, seed
         self.cache = Path(settings.cache).expanduser()
+        self.rank, self.ranks = rank, ranks
         self.start_step = 0
         self.train: Examples
         self.validation: Examples | None = None
@@ -169,6 +191,11 @@ class DataModule(L.LightningDataModule, ABC):
                 f"data.train holds {len(self.train.lengths):,} {self.train.unit}, but one optimizer step takes "
                 f"data.batch_size={self.settings.batch_size} (trainer.max_epochs={self.max_epochs:g}). "
                 "Lower data.batch_size."
+            )
+        if self.settings.batch_size < self.ranks:
+            raise UserError(
+                f"data.batch_size={self.settings.batch_size} {self.train.unit} cannot be shared out to {self.ranks} "
+                "processes. Raise it, or take fewer devices."
             )
 
     @property
@@ -207,13 +234,15 @@ class DataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[list[Batch]]:
         s = self.settings
-        steps = Steps(self.train, s.batch_size, s.micro_batch_tokens, self.total_steps, self.seed)
+        steps = Steps(
+            self.train, s.batch_size, s.micro_batch_tokens, self.total_steps, self.seed, self.rank, self.ranks
+        )
         return self._loader(steps, _From(self.start_step, len(steps)))
 
     def val_dataloader(self) -> DataLoader[list[Batch]] | list[Any]:
         if self.validation is None:
             return []
-        batches = MicroBatches(self.validation, self.settings.micro_batch_tokens)
+        batches = MicroBatches(self.validation, self.settings.micro_batch_tokens, self.rank, self.ranks)
         return self._loader(batches, _From(0, len(batches)))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Which examples share a row: best-fit packing, and token-budget micro-batches of one optimizer step."""
 
+import heapq
 from collections.abc import Sequence
 
 
@@ -33,10 +34,47 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Split the items of one optimizer step into micro-batches of at most `budget` tokens, as few as best fit finds.
+    """Split items into micro-batches of at most `budget` tokens, as few as best fit finds.
 
     An item longer than the budget is a micro-batch of its own.
     """
     long = [[item] for item, length in enumerate(lengths) if length >= budget]
     short = [item for item, length in enumerate(lengths) if length < budget]
     return long + [[short[i] for i in row] for row in best_fit([lengths[item] for item in short], budget)]
+
+
+def deal(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Each rank's micro-batches of one optimizer step: the same tokens for all, as nearly as items allow.
+
+    With several ranks the items are spread evenly (longest first, each into the shortest micro-batch) over the least
+    multiple of `ranks` micro-batches that keeps to the budget, so that no rank waits for another. Where items are too
+    few or too long for that, some ranks get a micro-batch less.
+    """
+    packed = micro_batches(lengths, budget)
+    if ranks > 1:
+        most = max(budget, max(lengths, default=0))
+        for count in range(-(-len(packed) // ranks) * ranks, len(lengths) + 1, ranks):
+            spread = _spread(lengths, count)
+            if max(sum(lengths[i] for i in members) for members in spread) <= most:
+                packed = spread
+                break
+    packed.sort(key=lambda members: -sum(lengths[i] for i in members))
+    hands: list[list[list[int]]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for first in range(0, len(packed), ranks):  # a round gives each rank one; the longest goes to who has least
+        waiting = sorted(range(ranks), key=lambda rank: tokens[rank])
+        for rank, members in zip(waiting, packed[first : first + ranks], strict=False):
+            hands[rank].append(members)
+            tokens[rank] += sum(lengths[i] for i in members)
+    return hands
+
+
+def _spread(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """All items in `count` groups of nearly the same length."""
+    groups = [(0, number) for number in range(count)]
+    members: list[list[int]] = [[] for _ in range(count)]
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens, number = heapq.heappop(groups)
+        members[number].append(item)
+        heapq.heappush(groups, (tokens + lengths[item], number))
+    return members

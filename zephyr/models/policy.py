@@ -3,41 +3,135 @@
 import hashlib
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from zephyr.errors import UserError, reason
+from zephyr.models.adapters import add_reference, attach, check_quantised, check_targets, init_magnitudes
 from zephyr.models.attention import SEGMENTS
-from zephyr.settings import Lora
+from zephyr.models.lineage import lineage
+from zephyr.models.sharding import load_rows, shard, weight_files
+from zephyr.settings import Lora, Model
 
-_END = 1 << 20  # bytes at each end of a file that its fingerprint reads
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default, _aten.bmm.default}
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's weights live and in what precision they compute: what several modules must agree on."""
+
+    device: torch.device  # of this process
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"]
+    mesh: DeviceMesh | None = None  # shard over it
+    cpu_offload: bool = False  # of a sharded model
+    compile: bool = False
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype of matrix products, and of frozen weights: an update cannot be lost in them."""
+        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+
+    @property
+    def trained(self) -> torch.dtype:
+        """The dtype of trained weights: fp32 unless asked otherwise, as bf16 rounds small updates to nothing."""
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products must be cast as they come; sharded layers are cast as they are gathered."""
+        return self.precision == "bf16-mixed" and self.mesh is None
 
 
 def load_policy(
     path: str,
     revision: str | None,
-    dtype: torch.dtype,
-    lora: Lora | None,
-    quantization: str | None,
-    activation_checkpointing: bool,
+    model: Model,
+    placement: Placement,
+    frozen: bool = False,
+    follower: bool = False,
 ) -> PreTrainedModel:
-    """Load a model that trains on packed rows.
+    """Load a model that trains on packed rows: all its weights, or an adapter over frozen ones.
 
-    `dtype` is that of the trained weights; the frozen base of an adapter is held in bf16 when quantised. Raises
-    UserError when the model cannot be loaded or does something to its logits that log-probabilities would miss.
+    `path` may be an adapter's folder: it is then a frozen part of the policy, below the new one. A `frozen` model is
+    the policy as it starts, to compare with; a `follower` is a second new adapter, frozen, that can follow the first.
+    Raises UserError when the model cannot be loaded or does something to its
+    logits that log-probabilities would miss.
     """
+    start = lineage(path, revision)
+    if start is not None and model.lora is None and not frozen:
+        raise UserError(
+            f"{path} is an adapter, and all weights are to be trained. Train an adapter again (trainer=lora or qlora), "
+            f"or merge it into its base first: python -m zephyr.merge {path} FOLDER"
+        )
+    base, base_revision = (path, revision) if start is None else (start.base, start.base_revision)
+    trains_all = model.lora is None and not frozen
+    # Autocast rounds products alone, so that a frozen copy must keep the weights from which the policy starts.
+    exact = trains_all or (placement.autocast and model.lora is None)
+    dtype = placement.trained if exact else placement.compute
+    core = _load(base, base_revision, model, placement, dtype)
+    core.config.use_cache = False
+    policy = core
+    if model.lora is not None or start is not None:
+        policy = attach(core, None if frozen else model.lora, start, dtype=placement.trained)
+    if follower:
+        add_reference(policy)
+    if model.quantization:
+        check_quantised(policy)
+    if not frozen:
+        _save_memory(core, model.activation_checkpointing)
+    else:
+        policy.requires_grad_(False)
+    if placement.compile:
+        for layer in core.get_decoder().layers:
+            layer.compile(dynamic=True)
+    if placement.mesh is None:
+        policy.to(placement.device)
+    else:
+        # on the CPU, offloaded weights stay where they are read
+        home = torch.device("cpu") if placement.cpu_offload else placement.device
+        mixed = placement.compute if placement.precision == "bf16-mixed" else None
+        shard(core, placement.mesh, mixed, placement.cpu_offload)
+        if not model.quantization:
+            load_rows(core, weight_files(base, base_revision), home)
+            if model.lora is not None and model.lora.dora and not frozen:
+                init_magnitudes(policy)
+    return policy.eval() if frozen else policy.train()  # eval mode switches checkpointing off
+
+
+def _load(path: str, revision: str | None, model: Model, placement: Placement, dtype: torch.dtype) -> Any:
+    """The transformers model; without weights if each process will read its own rows."""
     config = _config(path, revision)
+    if placement.mesh is not None and not model.quantization:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=SEGMENTS)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": SEGMENTS}
-    if quantization:
+    if model.quantization:
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True,
+            bnb_4bit_quant_type=model.quantization,
+            bnb_4bit_use_double_quant=model.double_quantization,
+            bnb_4bit_compute_dtype=placement.compute,
         )
+        options["device_map"] = {"": placement.device}
     logging.getLogger("transformers.modeling_utils").addFilter(_no_load_report)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -45,48 +139,72 @@ def load_policy(
         )
     except Exception as error:  # whatever kind: the files are the user's, and the reason is in the message
         raise _unloadable(path, error) from error
-    model, report = loaded
+    core, report = loaded
     absent = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if absent:
         raise UserError(
             f"The weights of {path} are not those of its config.json: {len(absent)} are missing or of another shape, "
             f"first {absent[0]}. Get the whole model again."
         )
-    model.config.use_cache = False
-    if lora is not None:
-        model = _with_adapter(model, lora, revision)
-    if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return core
+
+
+def _save_memory(core: Any, checkpointing: str) -> None:
+    """Recompute activations in the backward pass."""
+    if checkpointing == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if checkpointing == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_kept, core.config.hidden_size))
+    core.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _kept(width: int, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Attention's results and those of products no wider than the model: costly to compute, cheap to keep."""
+    narrow = operation in _PRODUCTS and args[1].shape[-1] <= width
+    return CheckpointPolicy.MUST_SAVE if narrow or operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def check_policy(path: str, revision: str | None, lora: Lora | None = None) -> Any:
     """The model's configuration. Raises UserError as `load_policy` would, but in seconds: no weight is read."""
+    start = lineage(path, revision)
+    if start is not None:
+        path, revision = start.base, start.base_revision
     config = _config(path, revision)
     try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS)
+        model = skeleton(config)
         if Path(path).is_dir():
             _open_weights(Path(path))
     except Exception as error:
         raise _unloadable(path, error) from error
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"{path}: models whose output layer has a bias are not supported.")
     if lora is not None:
-        _check_targets(skeleton, lora)
+        check_targets(model, lora, start)
     return config
 
 
-def weights_fingerprint(path: str) -> str:
-    """What tells a local model's weights from others: the size of each file and a hash of both its ends.
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS)
 
-    A hub model is told by its revision, so it has none.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(_END))
-            stream.seek(max(0, file.stat().st_size - _END))
-            digest.update(stream.read())
-    return digest.hexdigest() if Path(path).is_dir() else ""
+
+def weights_fingerprint(path: str, revision: str | None) -> str:
+    """A hash of every byte of a model's weights, an adapter's and its base's: what tells it from any other."""
+    start = lineage(path, revision)
+    files = (
+        [*Path(path).glob("*.safetensors")] if Path(path).is_dir() else [*set(weight_files(path, revision).values())]
+    )
+    parts = [] if start is None else [weights_fingerprint(start.base, start.base_revision)]
+    with ThreadPoolExecutor() as threads:
+        parts += threads.map(_digest, sorted(files))
+    return hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return file.name + hashlib.file_digest(stream, hashlib.blake2b).hexdigest()
 
 
 def _open_weights(folder: Path) -> None:
@@ -105,11 +223,6 @@ def _open_weights(folder: Path) -> None:
 
 
 def _config(path: str, revision: str | None) -> Any:
-    if Path(path, "adapter_config.json").exists() and not Path(path, "config.json").exists():
-        raise UserError(
-            f"model.path={path} is an adapter. Merge it into its base first (peft's merge_and_unload), "
-            "and name the merged folder."
-        )
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").exists():
         hint = f" Did you mean {folder / 'model'}?" if (folder / "model" / "config.json").exists() else ""
@@ -126,35 +239,6 @@ def _config(path: str, revision: str | None) -> Any:
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(f"{path}: models that change their logits ({name}) are not supported.")
     return config
-
-
-def _with_adapter(model: PreTrainedModel, lora: Lora, revision: str | None) -> PreTrainedModel:
-    from peft import LoraConfig, get_peft_model
-
-    _check_targets(model, lora)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # its repacked weights let no gradient through on a CPU
-    adapted: Any = get_peft_model(model, config, revision=revision)
-    return adapted
-
-
-def _check_targets(model: PreTrainedModel, lora: Lora) -> None:
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
-    unknown = sorted(set(lora.target_modules) - linear)
-    if unknown:
-        raise UserError(
-            f"model.lora.target_modules: {', '.join(unknown)} name no linear layer; there are "
-            f"{', '.join(sorted(linear))}."
-        )
 
 
 def _no_load_report(record: logging.LogRecord) -> bool:
