@@ -188,7 +188,8 @@ def test_dora_alone(base: Path, tmp_path: Path, quantization):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dora_starts_as_its_base_whatever_the_precision(base: Path, monkeypatch, quantization, dtype):
     policy = attach(core(base, quantization, torch.bfloat16), replace(SFT, dora=True), None, dtype=dtype)
-    monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: True)  # on CUDA it is, and 4-bit layers then ask
+    real = torch.is_autocast_enabled  # asked without a device, it speaks of CUDA: there, 4-bit layers cast otherwise
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda *device: real(*device) if device else True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         on = logits(policy)
         with adapters.default_off(policy):
@@ -198,9 +199,9 @@ def test_dora_starts_as_its_base_whatever_the_precision(base: Path, monkeypatch,
 def test_dora_below_or_above_another_adapter_is_refused_with_the_way_out(base: Path, tmp_path: Path):
     plain, _ = sft_adapter(base, tmp_path / "sft")
     dora, _ = sft_adapter(base, tmp_path / "dora", replace(SFT, dora=True))
-    with pytest.raises(UserError, match=r"dora=true: .*python -m zephyr.merge .*/sft FOLDER"):
+    with pytest.raises(UserError, match=r"dora=true, .*python -m zephyr.merge .*/sft FOLDER"):
         attach(core(base), replace(DPO, dora=True), plain, dtype=torch.float32)
-    with pytest.raises(UserError, match=r"/dora is a DoRA: .*python -m zephyr.merge .*/dora FOLDER"):
+    with pytest.raises(UserError, match=r"/dora is a DoRA, .*python -m zephyr.merge .*/dora FOLDER"):
         attach(core(base), DPO, dora, dtype=torch.float32)
     frozen = attach(core(base), None, dora, dtype=torch.float32)
     assert_close(logits(frozen), logits(peft.PeftModel.from_pretrained(core(base), dora.folder)), rtol=0, atol=1e-6)
@@ -345,6 +346,10 @@ def test_weights_that_do_not_fit_are_named(base: Path, tmp_path: Path):
         save_file({**weights, **change}, file)
         with pytest.raises(UserError, match=message):
             attach(core(base), DPO, start, dtype=torch.float32)
+    head = peft.get_peft_model(core(base), peft.LoraConfig(target_modules=["lm_head"]))
+    head.save_pretrained(tmp_path / "head", save_embedding_layers=False)
+    with pytest.raises(UserError, match="changes the head"):
+        attach(core(base), DPO, lineage(str(tmp_path / "head"), None), dtype=torch.float32)
     file.write_bytes(b"cut")
     with pytest.raises(UserError, match="Cannot read the adapter's weights"):
         attach(core(base), DPO, start, dtype=torch.float32)

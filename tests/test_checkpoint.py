@@ -380,6 +380,32 @@ def test_tied_and_overlapping_weights_come_back(tmp_path: Path) -> None:
     assert 2 * size < shard.stat().st_size < 2.5 * size
 
 
+def test_optimizer_state_of_any_shape_comes_back(tmp_path: Path) -> None:
+    code = torch.linspace(-1, 1, 256)  # shared by all parameters, as bitsandbytes does
+    moments = [{"state1": torch.arange(6, dtype=torch.uint8), "qmap1": code, "absmax1": torch.rand(3)} for _ in "ab"]
+    optimizer = {
+        "state": {0: {"step": 7, "nested": moments[0]}, 5: {"step": torch.tensor(7.0), "nested": moments[1]}},
+        "param_groups": [{"params": [0, 5], "lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.0}],
+    }
+    io = FolderCheckpointIO()
+    io.save_checkpoint({"optimizer_states": [optimizer]}, tmp_path / "step-1")
+    assert io.load_checkpoint(tmp_path / "step-1").keys() == {"optimizer_states"}
+    (back,) = io.load_checkpoint(tmp_path / "step-1")["optimizer_states"]
+    torch.testing.assert_close(back, optimizer, rtol=0, atol=0)
+    assert [type(value) for value in back["state"]] == [int, int]
+    assert (tmp_path / "step-1" / "shard-00000.safetensors").stat().st_size < 2 * 256 * 4
+    assert (tmp_path / "step-1" / "state.pt").stat().st_size < 4000
+
+
+def test_another_optimizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, every=6)
+    configure = Noisy.configure_optimizers
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.RAdam)
+    assert type(configure(Noisy())[0][0]).__name__ == "RAdam"
+    with pytest.raises(UserError, match=r"state of \['AdamW'\], which \['RAdam'\] cannot go on from"):
+        train(tmp_path, resume=tmp_path / "step-00000006")
+
+
 def test_tensors_that_the_format_does_not_know_are_refused_when_saving(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"/state_dict/z is of torch.complex64"):
         FolderCheckpointIO().save_checkpoint(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from zephyr import distributed
-from zephyr.errors import UserError
+from zephyr.errors import Stopped, UserError
 from zephyr.launch import JobFailed, free_port, launch
 
 ROOT = Path(__file__).parents[1]
@@ -365,8 +365,6 @@ def test_a_mistake_is_told_once(job: Job, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_one_rank_stopped_by_somebody_else_stops_the_job(job: Job) -> None:
-    from zephyr.interruption import Stopped
-
     started = time.monotonic()
     with pytest.raises(Stopped, match="SIGTERM"):
         job("alone_stopped")
@@ -386,8 +384,6 @@ def interrupt(folder: Path, *signals: signal.Signals) -> None:
 
 
 def test_sigterm_reaches_each_rank_once_and_waits_for_the_last(tmp_path: Path, job: Job) -> None:
-    from zephyr.interruption import Stopped
-
     output = tmp_path / "output"
     interrupt(output, signal.SIGTERM)
     with pytest.raises(Stopped, match="SIGTERM"):
@@ -396,16 +392,12 @@ def test_sigterm_reaches_each_rank_once_and_waits_for_the_last(tmp_path: Path, j
 
 
 def test_a_signal_that_comes_too_late_still_stops_a_sweep(tmp_path: Path, job: Job) -> None:
-    from zephyr.interruption import Stopped
-
     interrupt(tmp_path / "output", signal.SIGTERM)
     with pytest.raises(Stopped, match="SIGTERM"):
         job("alone_deaf")
 
 
 def test_a_second_ctrl_c_stops_ranks_that_are_stuck(tmp_path: Path, job: Job) -> None:
-    from zephyr.interruption import Stopped
-
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     interrupt(tmp_path / "output", signal.SIGINT, signal.SIGINT)
     started = time.monotonic()

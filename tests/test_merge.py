@@ -155,6 +155,14 @@ def test_mistakes_are_found_before_anything_is_loaded(world: Path):
     assert done.returncode == 2 and done.stderr.startswith("usage: python -m zephyr.merge")
 
 
+def test_a_base_stored_in_four_bits_is_refused(world: Path, tmp_path: Path):
+    core(world / "base", "nf4").save_pretrained(tmp_path / "packed")
+    attached = attach(core(tmp_path / "packed"), SFT, None, dtype=torch.float32)
+    export(attached, tiny.tokenizer(), tmp_path / "adapter", CARD)
+    with pytest.raises(UserError, match="packed, is stored in 4 bits"):
+        merge.merge(str(tmp_path / "adapter"), tmp_path / "out", device="cpu")
+
+
 def test_what_is_damaged_is_named(world: Path, tmp_path: Path):
     shutil.copytree(world / "whole/model", tmp_path / "adapter")
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"cut")

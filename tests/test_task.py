@@ -7,14 +7,20 @@ from itertools import pairwise
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
 
 from tests import tiny
+from tests.ranks import spawn
 from tests.test_parity import ADAMW, dpo_task, perturbed, random_pairs
-from zephyr.data.batch import Conversation, pack_conversations, pack_pairs
+from zephyr import distributed
+from zephyr.data.batch import IDLE, Conversation, pack_conversations, pack_pairs
 from zephyr.errors import UserError
 from zephyr.models.attention import SEGMENTS
+from zephyr.models.sharding import shard, whole
 from zephyr.sft import SFT
+from zephyr.strategy import Ranks
 
 
 def conversations(count=8):
@@ -26,44 +32,79 @@ def conversations(count=8):
     return found
 
 
-def step_gradient(task, batches):
+def step_gradient(task, batches, **several):
     """The clipped gradient of one training step, which moves nothing, and what the step logs."""
     optimizer = torch.optim.SGD([*task.trainable()], lr=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     task.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": schedule}
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, limit_val_batches=0, logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False,
+        enable_checkpointing=False, enable_model_summary=False, use_distributed_sampler=False, **several,
     )  # fmt: skip
     trainer.fit(task, torch.utils.data.DataLoader([batches], batch_size=None))
-    return {name: p.grad for name, p in task.policy.named_parameters()}, trainer.callback_metrics
+    gradient = {name: whole(p.grad) for name, p in task.policy.named_parameters()}
+    return gradient, {name: torch.as_tensor(value) for name, value in trainer.callback_metrics.items()}
 
 
 @pytest.mark.parametrize("split", [[8], [1] * 8, [1, 4, 3]], ids=str)
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_split_into_micro_batches_changes_nothing(stage, split):
+    items, pack, task = step_of(stage)
+    edges = [sum(split[:i]) for i in range(len(split) + 1)]
+    whole_step = step_gradient(task, [pack(items)])
+    items, pack, task = step_of(stage)
+    assert_same(step_gradient(task, [pack(items[a:b]) for a, b in pairwise(edges)]), whole_step)
+
+
+SHARES = ([[[0, 1, 2, 3]], [[4, 5, 6, 7]]], [[[0], [1, 2], [3]], [[4, 5, 6, 7], [], []]])  # of two ranks
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_split_among_processes_changes_nothing(tmp_path, strategy):
+    """Two ranks with four examples each, and with one to three micro-batches."""
+    for found in spawn(gradients_of_a_rank, 2, tmp_path, strategy):
+        for stage in ("sft", "dpo"):
+            items, pack, task = step_of(stage)
+            whole_step = step_gradient(task, [pack(items)])
+            for gradient_and_metrics in found[stage]:
+                assert_same(gradient_and_metrics, whole_step)
+
+
+def gradients_of_a_rank(strategy):
+    with distributed.process_group("cpu"):
+        return {stage: [gradient_of_a_rank(stage, strategy, s) for s in SHARES] for stage in ("sft", "dpo")}
+
+
+def gradient_of_a_rank(stage, strategy, shares):
+    items, pack, task = step_of(stage)
+    if strategy == "fsdp":
+        mesh = init_device_mesh("cpu", (2,))
+        for model in (task.policy, *([task.reference.model] if stage == "dpo" else [])):
+            shard(model, mesh, None, cpu_offload=False)
+    own = [pack([items[i] for i in part]) if part else IDLE for part in shares[distributed.rank()]]
+    return step_gradient(task, own, strategy=Ranks(), devices=2, plugins=[LightningEnvironment()])
+
+
+def step_of(stage):
+    """Eight examples, how to pack them, and a task that neither clips nor moves."""
     unclipped = replace(ADAMW, max_grad_norm=None)
     reference = tiny.model(0)
     policy = perturbed(reference)
-
-    def task():
-        if stage == "sft":
-            return SFT(copy.deepcopy(policy), unclipped, 10, 10.0)
-        task = dpo_task(copy.deepcopy(reference), copy.deepcopy(policy))
-        task.settings = unclipped
-        return task
-
     policy.set_attn_implementation(SEGMENTS)
-    items = conversations() if stage == "sft" else random_pairs(8)
-    pack = pack_conversations if stage == "sft" else pack_pairs
-    edges = [sum(split[:i]) for i in range(len(split) + 1)]
-    whole, whole_metrics = step_gradient(task(), [pack(items)])
-    parts, metrics = step_gradient(task(), [pack(items[a:b]) for a, b in pairwise(edges)])
-    for name, gradient in whole.items():
-        assert (parts[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-9, name
-    assert metrics.keys() == whole_metrics.keys()
-    for name, value in whole_metrics.items():
-        assert_close(metrics[name], value, rtol=1e-5, atol=1e-6)
+    if stage == "sft":
+        return conversations(), pack_conversations, SFT(policy, unclipped, 10, 10.0)
+    task = dpo_task(reference, policy)
+    task.settings = unclipped
+    return random_pairs(8), pack_pairs, task
+
+
+def assert_same(found, truth):
+    (gradient, metrics), (true_gradient, true_metrics) = found, truth
+    for name, value in true_gradient.items():
+        assert (gradient[name] - value).norm() <= 1e-6 * value.norm() + 1e-9, name
+    assert metrics.keys() == true_metrics.keys()
+    for name, value in true_metrics.items():
+        assert_close(metrics[name], value, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
 def test_the_gradient_is_clipped_by_its_global_norm():

@@ -10,16 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zephyr.checkpoint import Checkpoints
+from zephyr.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stopped(BaseException):
-    """A signal ended the run: exit with 128 + signal. Not an Exception: `except Exception` must miss it."""
-
-    def __init__(self, signum: int) -> None:
-        self.signal = signal.Signals(signum)
-        super().__init__(f"stopped by {self.signal.name}")
 
 
 @contextmanager

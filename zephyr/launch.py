@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from zephyr.errors import UserError
+from zephyr.errors import Stopped, UserError
 from zephyr.worker import SIGNALS, Outcome, log_file, outcome_file
 
 WORKER = (sys.executable, "-m", "zephyr.worker")
@@ -178,8 +178,6 @@ def _settle(ranks: list[_Rank], world: int, received: list[int]) -> float | None
     failed.sort(key=lambda rank: (_CAUSES.index(_kind(rank, received)), rank.outcome.time))
     kind = _kind(failed[0], received) if failed else "done"
     if kind == "stopped" or (received and kind in ("done", "bereft", "cut")):
-        from zephyr.interruption import Stopped  # imports Lightning
-
         raise Stopped(received[0] if received else failed[0].outcome.signal)
     if kind == "done":
         return next((rank.outcome.metric for rank in ranks if rank.number == 0), None)

@@ -148,6 +148,8 @@ def _base(origin: "Lineage", device: str, quantised: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from zephyr.models.adapters import in_four_bits
+
     dtype = getattr(torch, origin.dtype) if origin.dtype else "auto"
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantised:
@@ -158,9 +160,14 @@ def _base(origin: "Lineage", device: str, quantised: bool) -> Any:
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(origin.base, revision=origin.base_revision, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(origin.base, revision=origin.base_revision, **options)
     except Exception as error:  # whatever kind: the files are the user's, and the reason is in the message
         raise UserError(f"Cannot load the base of this adapter, {origin.base}: {reason(error)}") from error
+    if not quantised and any(in_four_bits(module) for module in model.modules()):
+        raise UserError(
+            f"The base of this adapter, {origin.base}, is stored in 4 bits: no whole model can be made of it."
+        )
+    return model
 
 
 def _merge_in_place(adapted: Any) -> Any:
@@ -248,7 +255,9 @@ def _card(origin: "Lineage", kind: str, difference: Difference) -> "ModelCard":
     )
     section = f"\n## Merged weights\n\n{textwrap.fill(words, 110, break_on_hyphens=False)}\n"
     file = origin.folder / "README.md"
-    card: Any = ModelCard(file.read_text() if file.exists() else f"---\n---\n\n# {name}\n", ignore_metadata_errors=True)
+    card: Any = ModelCard(
+        file.read_text() if file.exists() else f"---\ntags: [zephyr]\n---\n\n# {name}\n", ignore_metadata_errors=True
+    )
     text, cut = re.subn(r"\n## Adapter\n.*?(?=\n## )", lambda _: section, card.text, count=1, flags=re.DOTALL)
     card.text = text.replace("transformers and peft alone", "transformers alone") if cut else card.text + section
     card.data.library_name, card.data.base_model_relation = "transformers", "finetune"

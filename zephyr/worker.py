@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from zephyr import distributed
-from zephyr.errors import UserError
+from zephyr.errors import Stopped, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log: Path | None = None  # where the launcher has this process write before there is an output_dir
@@ -123,8 +123,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _stopped_by(error: BaseException) -> int | None:
     if isinstance(error, SystemExit) and error.code in [128 + signum for signum in SIGNALS]:
         return error.code - 128
-    module = sys.modules.get("zephyr.interruption")  # not imported here: who raised its exception has
-    return error.signal if module is not None and isinstance(error, module.Stopped) else None
+    return error.signal if isinstance(error, Stopped) else None
 
 
 def _broken_connection(error: BaseException) -> bool:

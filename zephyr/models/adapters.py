@@ -1,4 +1,4 @@
-"""Low-rank adapters: a policy that trains one over a frozen base, and what an adapter's folder says of its origin.
+"""Low-rank adapters: a policy that trains one over a frozen base.
 
 Up to three adapters share the layers, told apart by PEFT's names:
 
@@ -29,7 +29,6 @@ from transformers import PreTrainedModel
 
 from zephyr.errors import UserError, reason
 from zephyr.models.lineage import Lineage, commit
-from zephyr.models.lineage import lineage as lineage
 from zephyr.models.sharding import whole
 from zephyr.settings import Lora
 
@@ -50,11 +49,11 @@ def check_targets(model: Any, lora: Lora, start: Lineage | None = None) -> None:
                 f"{', '.join(sorted(names))}. (The head, which makes the logits, takes no adapter.)"
             )
     if start is not None and (lora.dora or _config(start).use_dora):
-        whose = "model.lora.dora=true" if lora.dora else f"The adapter in {start.folder} is a DoRA"
+        what = "model.lora.dora=true" if lora.dora else f"The adapter in {start.folder} is a DoRA"
         raise UserError(
-            f"{whose}: it rescales the rows of the weights below it, so two adapters, one of them a DoRA, cannot be "
-            f"added up to one. Merge the first into its base (python -m zephyr.merge {start.folder} FOLDER) and start "
-            "from that (model.path=FOLDER), or set model.lora.dora=false if only the new one is."
+            f"{what}, which rescales the rows of the weights below it: two adapters, one of them a DoRA, do not add up "
+            f"to one. Merge the first into its base (python -m zephyr.merge {start.folder} FOLDER) and start from that "
+            "(model.path=FOLDER)."
         )
 
 
@@ -118,8 +117,11 @@ def attach(
                 module.weight = nn.Parameter(values.to(device, dtype), requires_grad=adapter == DEFAULT)
         for magnitude in layer.lora_magnitude_vector.values():
             magnitude.get_weight_norm = MethodType(_row_norms, magnitude)
+            magnitude.forward = MethodType(_rescaled, magnitude)
     if start is not None and stored:
         raise UserError(_misfit(start, f"its {min(stored)} has no place"))
+    if start is not None and hasattr(core.get_output_embeddings(), "lora_A"):
+        raise UserError(f"The adapter in {start.folder} changes the head, which makes the logits: not supported.")
     model.base_model.set_adapter([name for name in (START, DEFAULT) if name in configs])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name and f".{DEFAULT}." in name)
@@ -142,7 +144,7 @@ def init_magnitudes(model: Any) -> None:
 
 @contextmanager
 def default_off(model: Any) -> Iterator[None]:
-    """Inside, the policy is the model it started as: its base and `start`. No gradient flag changes."""
+    """Inside, the policy is the model it started as: its base and `start`."""
     with _active(model, [START] if START in model.peft_config else []):
         yield
 
@@ -210,7 +212,7 @@ def counted(model: nn.Module) -> str:
 
 def check_quantised(model: Any) -> None:
     """Raise UserError unless every linear layer but the head is in 4 bits."""
-    head = _core(model).get_output_embeddings()
+    head = (model.get_base_model() if hasattr(model, "peft_config") else model).get_output_embeddings()
     linear = {
         name: in_four_bits(module)
         for name, module in model.named_modules()
@@ -298,17 +300,14 @@ def _weights(start: Lineage) -> dict[str, Tensor]:
 def _origin(core: Any, start: Lineage | None, revision: str | None) -> Lineage:
     """What the new adapter is trained on."""
     base = core.config.name_or_path if start is None else start.base
-    if start is not None:
-        revision = start.base_revision
-    elif revision is not None:
-        revision = commit(base, revision)
+    revision = revision and commit(base, revision) if start is None else start.base_revision
     bits = getattr(core.config, "quantization_config", None)
     return Lineage(
         base,
         revision,
         base_weights=None if start is None else start.base_weights,
-        quantization=bits and bits.bnb_4bit_quant_type,
-        double_quantization=bits is not None and bits.bnb_4bit_use_double_quant,
+        quantization=getattr(bits, "bnb_4bit_quant_type", None),
+        double_quantization=getattr(bits, "bnb_4bit_use_double_quant", False),
         dtype=str(core.get_input_embeddings().weight.dtype).removeprefix("torch."),
     )
 
@@ -328,13 +327,12 @@ def _taken(stored: dict[str, Tensor], name: str, layer: Any, start: Lineage | No
     """A layer's weights out of an adapter's file, which loses them."""
     assert start is not None
     rank = layer.r[START]
-    shapes = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
-    stored_as = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
+    shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
     if START in layer.lora_magnitude_vector:
-        shapes["lora_magnitude_vector"] = (layer.out_features,)  # type: ignore[assignment]
+        shapes["lora_magnitude_vector"] = (layer.out_features,)
     taken = {}
     for slot, shape in shapes.items():
-        key = f"{name}.{stored_as[slot]}"
+        key = f"{name}.{slot}" + ("" if slot == "lora_magnitude_vector" else ".weight")
         if key not in stored or stored[key].shape != shape:
             raise UserError(_misfit(start, f"it has no {key} of shape {list(shape)}"))
         taken[slot] = stored.pop(key)
@@ -349,12 +347,17 @@ def _misfit(start: Lineage, why: str) -> str:
 
 
 def _row_norms(magnitude: Any, weight: Tensor, lora_weight: Tensor, scaling: float, **_: Any) -> Tensor:
-    """Lengths of the rows of base + adapter, in place of PEFT's, which are rounded to the layer's input dtype.
+    """Lengths of the rows of base + adapter, in place of PEFT's, which rounds them to the dtype of the layer's input.
 
-    A new DoRA would differ from its base by that rounding.
+    A new DoRA would differ from its base by that.
     """
     rows = torch.linalg.vector_norm(weight.float() + scaling * lora_weight.float(), dim=1)
     return rows.to(magnitude.weight.dtype)
+
+
+def _rescaled(magnitude: Any, x: Tensor, **others: Any) -> Tensor:
+    """PEFT's DoRA, in the dtype of the layer's input: fp32 magnitudes would turn what follows to fp32 as well."""
+    return type(magnitude).forward(magnitude, x, **others).to(x.dtype)
 
 
 @contextmanager
@@ -375,10 +378,6 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-
-
-def _core(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _linear_names(core: Any) -> set[str]:

@@ -88,8 +88,9 @@ def load_policy(
     core = _load(base, base_revision, model, placement, dtype)
     core.config.use_cache = False
     policy = core
-    if model.lora is not None or start is not None:
-        policy = attach(core, None if frozen else model.lora, start, dtype=placement.trained)
+    lora = None if frozen else model.lora
+    if lora is not None or start is not None:
+        policy = attach(core, lora, start, dtype=placement.trained, base_revision=base_revision)
     if follower:
         add_reference(policy)
     if model.quantization:
@@ -110,7 +111,7 @@ def load_policy(
         shard(core, placement.mesh, mixed, placement.cpu_offload)
         if not model.quantization:
             load_rows(core, weight_files(base, base_revision), home)
-            if model.lora is not None and model.lora.dora and not frozen:
+            if lora is not None and lora.dora:
                 init_magnitudes(policy)
     return policy.eval() if frozen else policy.train()  # eval mode switches checkpointing off
 
@@ -146,6 +147,9 @@ def _load(path: str, revision: str | None, model: Model, placement: Placement, d
             f"The weights of {path} are not those of its config.json: {len(absent)} are missing or of another shape, "
             f"first {absent[0]}. Get the whole model again."
         )
+    for module in core.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # its repacked weights let no gradient through on a CPU
     return core
 
 
