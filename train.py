@@ -19,8 +19,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from zephyr.errors import UserError
-from zephyr.settings import nearest, parse
+from zephyr import distributed
+from zephyr.errors import Stopped, UserError
+from zephyr.launch import JobFailed, launch
+from zephyr.settings import Settings, nearest, parse
 
 CONF = "conf"
 MULTIRUN = ("-m", "--multirun")
@@ -34,11 +36,8 @@ def job(cfg: DictConfig) -> float | None:
         cfg.output_dir = f"{hydra_config.sweep.dir}/{hydra_config.sweep.subdir}"
     try:
         settings = parse(as_dict(cfg))
-        from zephyr.interruption import Stopped
-        from zephyr.run import run  # here, so that a mistake in a setting is answered without torch
-
         try:
-            return run(settings, as_dict(cfg))
+            return start(settings, as_dict(cfg))
         except Stopped as stopped:
             saved = any(Path(cfg.output_dir, "checkpoints").glob("step-*"))
             hint = "Go on with resume=auto." if saved else "Nothing was saved yet."
@@ -46,6 +45,20 @@ def job(cfg: DictConfig) -> float | None:
             sys.exit(128 + stopped.signal)
     except (UserError, OmegaConfBaseException) as error:
         fail(explain(error))
+
+
+def start(settings: Settings, config: dict[str, Any]) -> float | None:
+    """Run here if this is one process of a run, or the only one; else start all of this node's."""
+    from zephyr.run import chosen, run  # here, so that a mistake in a setting is answered without torch
+
+    distributed.adopt_slurm()
+    if distributed.joined():
+        return run(settings, config)
+    choice = chosen(settings)
+    if choice.processes == 1:
+        return run(settings, config)
+    settled = {**config["trainer"], "devices": choice.devices, "strategy": choice.strategy}
+    return launch({**config, "trainer": settled}, choice.devices)
 
 
 def as_dict(cfg: DictConfig) -> dict[str, Any]:
@@ -158,6 +171,9 @@ if __name__ == "__main__":
         job()
     except (HydraException, OmegaConfBaseException, UserError) as error:
         fail(explain(error))
+    except JobFailed as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (EACCES, EPERM, EROFS, ENOSPC, EDQUOT, ENAMETOOLONG):
             raise

@@ -26,6 +26,7 @@ from zephyr.data.render import load_tokenizer
 from zephyr.errors import UserError
 from zephyr.export import export
 from zephyr.interruption import StopOnSignal, stoppable
+from zephyr.models.lineage import check_lineage, lineage
 from zephyr.models.policy import Placement, check_policy, weights_fingerprint
 from zephyr.models.reference import AdapterOff, Copy
 from zephyr.observe.metrics import MetricsFile, read, rewind
@@ -81,6 +82,7 @@ def _run(settings: Settings, config: dict[str, Any], choice: Choice, placement: 
     start, revision = starting_point(settings)
     path = demo.locate(start)
     model = check_policy(path, revision, settings.model.lora)
+    distributed.from_first(lambda: _check_origin(settings, path, revision))
 
     L.seed_everything(settings.seed, workers=True, verbose=False)
     tokenizer = load_tokenizer(path, revision)
@@ -100,6 +102,8 @@ def _run(settings: Settings, config: dict[str, Any], choice: Choice, placement: 
     work = f"{data.total_steps} steps of {settings.data.batch_size} {data.train.unit}"
     _log.info("%s from %s: %s, %s on %s.", settings.stage.upper(), start, work, choice.strategy, choice.why)
     task = build_task(settings, Start(start, path, revision, model, fingerprint), data, placement, choice)
+    if distributed.rank() > 0:
+        torch.manual_seed(settings.seed + distributed.rank())  # other dropout masks than the first process has
     if distributed.rank() == 0:  # nothing is written before the model has loaded
         if settings.resume is None:
             _set_aside(output)
@@ -135,7 +139,8 @@ def _agree_on(settings: Settings) -> None:
     """See that every process trains the same, and let each say in its own log what."""
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=6).hexdigest()
     if distributed.world_size() > 1:
-        values = {**(asdict(settings.objective) if settings.objective else {}), **asdict(settings.optimizer)}
+        groups = {"objective": settings.objective, "optimizer": settings.optimizer}
+        values = {f"{g}.{k}": v for g, group in groups.items() if group for k, v in asdict(group).items()}
         _log.info(
             "Process %d of %d, configuration %s: %s",
             distributed.rank(),
@@ -197,6 +202,18 @@ def starting_point(settings: Settings) -> tuple[str, str | None]:
         )
     _log.info("%s does not exist (`%s` makes it): starting from the untrained base model instead.", trained, how)
     return base
+
+
+def _check_origin(settings: Settings, path: str, revision: str | None) -> None:
+    """See that an adapter to start from belongs to the recipe's base, as it is now."""
+    start = lineage(path, revision)
+    if start is None:
+        return
+    weights = weights_fingerprint(start.base, start.base_revision) if start.base_weights else None
+    check_lineage(start, demo.locate(settings.model.base), settings.model.base_revision, weights)
+    if start.quantization != settings.model.quantization:
+        held = [bits or "whole weights" for bits in (start.quantization, settings.model.quantization)]
+        _log.warning("%s was trained over %s; over %s it is not quite the same model.", path, *held)
 
 
 def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> DataModule:

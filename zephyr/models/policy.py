@@ -100,8 +100,7 @@ def load_policy(
     else:
         policy.requires_grad_(False)
     if placement.compile:
-        for layer in core.get_decoder().layers:
-            layer.compile(dynamic=True)
+        _compile(core)
     if placement.mesh is None:
         policy.to(placement.device)
     else:
@@ -153,6 +152,14 @@ def _load(path: str, revision: str | None, model: Model, placement: Placement, d
     return core
 
 
+def _compile(core: Any) -> None:
+    """Compile each layer's parts but attention, whose segments differ from row to row: it would compile for each."""
+    for layer in core.get_decoder().layers:
+        for name, part in layer.named_children():
+            if "norm" in name or "att" not in name:
+                part.compile(dynamic=True)
+
+
 def _save_memory(core: Any, checkpointing: str) -> None:
     """Recompute activations in the backward pass."""
     if checkpointing == "none":
@@ -197,9 +204,8 @@ def skeleton(config: Any) -> PreTrainedModel:
 def weights_fingerprint(path: str, revision: str | None) -> str:
     """A hash of every byte of a model's weights, an adapter's and its base's: what tells it from any other."""
     start = lineage(path, revision)
-    files = (
-        [*Path(path).glob("*.safetensors")] if Path(path).is_dir() else [*set(weight_files(path, revision).values())]
-    )
+    folder = Path(path) if start is None else start.folder
+    files = set(folder.glob("*.safetensors") if folder.is_dir() else weight_files(path, revision).values())
     parts = [] if start is None else [weights_fingerprint(start.base, start.base_revision)]
     with ThreadPoolExecutor() as threads:
         parts += threads.map(_digest, sorted(files))
