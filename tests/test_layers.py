@@ -33,7 +33,7 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
     "placement": {"distributed", "models.policy"},
     "estimate": {"models", "data", "observe.throughput", "task", "sft", "dpo", "objectives"},
     "assemble": {"data", "models", "distributed", "estimate", "objectives", "placement", "sft", "dpo", "task"},
-    "worker": {"distributed", "run", "interruption"},
+    "worker": {"distributed", "run", "worker"},
     "launch": {"worker", "interruption"},
     "sweep": {"redact"},
 }

@@ -16,6 +16,7 @@ import pytest
 from tests import tiny
 from tests.commands import ROOT, command, world
 from tests.test_conf import load
+from zephyr import assemble
 from zephyr import run as runner
 from zephyr.errors import UserError
 from zephyr.settings import parse
@@ -39,7 +40,7 @@ def test_every_mistake_below_is_one_of_a_run_that_works(tmp_path: Path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Of the command line and the settings: answered without torch.
 
-LORA = "model.lora={rank: 4, alpha: 8, dropout: %s, target_modules: %s}"
+LORA = "model.lora={rank: 4, alpha: 8, dropout: %s, target_modules: %s, dora: false, rslora: false}"
 SETTINGS = [
     (["stage=dp0"], "Unknown stage 'dp0'. Choose one of: dpo, sft. Did you mean 'dpo'?"),
     (["recipe=zephyr-7b-bet"], "Unknown recipe", "Did you mean 'zephyr-7b-beta'?"),
@@ -53,7 +54,9 @@ SETTINGS = [
     (["stage=dpo", "data.loss_on=all"], "data.loss_on belongs to stage=sft"),
     (["model.lora.rank=4"], "model.lora is null here, so it has no 'rank': choose 'model.lora={rank: ..., ...}'"),
     (["+new.key=1"], "has no key 'new'"),
-    (["++trainer.strategy=ddp"], "trainer has no key 'strategy'"),
+    (["trainer.strategy=deepspeed"], "trainer.strategy must be one of auto, ddp, fsdp; got 'deepspeed'"),
+    (["stage=dpo", "objective.label_smooting=0.1"], "objective has no key 'label_smooting'"),
+    (["stage=dpo", "reference=precomputed", "reference.sync_every_n_steps=9"], "cannot follow the policy"),
     (["~data.train"], "data.train is not set"),
     (["optimizer.lr=???"], "optimizer.lr is not set: give optimizer.lr=VALUE"),
     (["seed=${nowhere}"], "seed: Interpolation key 'nowhere' not found"),
@@ -75,9 +78,9 @@ SETTINGS = [
     (["stage=dpo", "data.max_prompt_length=512"], "max_prompt_length=512 must be below data.max_length=512"),
     (["seed=-1"], "seed must be in [0, 2^32), got -1"),
     (["trainer.precision=bf16-mixd"], "must be one of 32-true, bf16-mixed, bf16-true", "Did you mean 'bf16-mixed'?"),
-    (["trainer.devices=2"], "trainer.devices must be 1; got 2"),
+    (["trainer.devices=0"], "trainer.devices must be at least 1, got 0"),
     (["model.quantization=nf4"], "cannot be trained in full: set model.lora"),
-    ([LORA % (0, "[]")], "model.lora.target_modules must be a list of names"),
+    ([LORA % (0, "[]")], "model.lora.target_modules must be all-linear or a list of names"),
     ([LORA % (1.5, "[q_proj]")], "model.lora.dropout must be in [0, 1)"),
     (["data.train==x"], "Cannot read 'data.train==x'", "two pairs of quotes"),
     (["optimizer.lr"], "Cannot read 'optimizer.lr': write key=value"),
@@ -213,7 +216,7 @@ RUNS: dict[str, tuple[str, Mistake, str]] = {
     "a file": ("sft", set_to("model.path=TMP/world/chats.jsonl"), "chats.jsonl holds no model (config.json)"),
     "no config": ("sft", model(without("config.json")), "holds no model (config.json)"),
     "output folder": ("sft", model(nested), "Did you mean"),
-    "adapter": ("sft", model(adapter), "is an adapter. Merge it into its base first"),
+    "adapter": ("sft", model(adapter), "is damaged (KeyError"),
     "bad config": ("sft", model(write("config.json", b"{")), "is not a valid JSON file"),
     "bad value": ("sft", model(edited("config.json", hidden_size="x")), "'hidden_size' expected int, got str"),
     "not causal": ("sft", model(write("config.json", b'{"model_type": "t5"}')), "Unrecognized configuration class"),
@@ -256,7 +259,7 @@ def attempt(folder: Path, stage: str, *overrides: str) -> None:
 @pytest.mark.parametrize(("stage", "mistake", "words"), RUNS.values(), ids=RUNS)
 def test_runs(stage: str, mistake: Mistake, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    monkeypatch.setattr(runner, "load_policy", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(assemble, "load_policy", lambda *_, **__: pytest.fail("weights were loaded"))
     overrides, before = mistake(folder), sorted((folder / "world").iterdir())
     with pytest.raises(UserError) as refusal:
         attempt(folder, stage, *overrides)
@@ -299,8 +302,8 @@ def test_resuming_another_run(folder: Path):
 def test_a_learning_rate_of_sft_in_full_dpo_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(runner._log, "warning", lambda text, *values: said.append(text % values))
-    monkeypatch.setattr(runner, "load_policy", lambda *_: 1 / 0)
-    lora = "model.lora={rank: 4, alpha: 8, dropout: 0, target_modules: [q_proj]}"
+    monkeypatch.setattr(assemble, "load_policy", lambda *_, **__: 1 / 0)
+    lora = LORA % (0, "[q_proj]")
     for mild in (["optimizer.lr=5e-7"], [lora], ["model.base=demo:base"], ["stage=sft"]):
         stage = "sft" if mild == ["stage=sft"] else "dpo"
         with pytest.raises(ZeroDivisionError):

@@ -29,7 +29,7 @@ from zephyr.interruption import StopOnSignal, stoppable
 from zephyr.models.lineage import check_lineage, lineage
 from zephyr.models.policy import Placement, check_policy, weights_fingerprint
 from zephyr.models.reference import AdapterOff, Copy
-from zephyr.observe.metrics import MetricsFile, read, rewind
+from zephyr.observe.metrics import MetricsFile, Promptly, read, rewind
 from zephyr.observe.plots import draw
 from zephyr.observe.progress import Progress
 from zephyr.observe.samples import Samples
@@ -277,6 +277,7 @@ def _trainer(
     samples = Samples(tokenizer, prompts, settings.samples.max_new_tokens, output / "samples.jsonl", answers)
     callbacks = [
         Throughput(reference=live_reference),
+        Promptly(next(logger for logger in loggers if isinstance(logger, MetricsFile))),
         Progress(settings.stage.upper(), data.total_steps),
         samples,
         StopOnSignal(checkpoints),

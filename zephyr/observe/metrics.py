@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -25,6 +27,7 @@ class MetricsFile(Logger):
     def __init__(self, output_dir: Path) -> None:
         super().__init__()
         self.path = output_dir / "metrics.jsonl"
+        self._last = ""
 
     @property
     def name(self) -> str:
@@ -49,14 +52,39 @@ class MetricsFile(Logger):
         values = {key: _finite(value) for key, value in metrics.items() if not (counted and key == "epoch")}
         if not values:
             return
+        line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
+        if line == self._last:
+            return  # Promptly was first
+        self._last = line
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            file.write(line)
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Forget every step behind `step`; -1 forgets all."""
         rewind(self.path, step)
+
+
+class Promptly(Callback):
+    """Writes a step's line before the step's checkpoint: a run killed between the two would have lost the line.
+
+    Lightning gives it to the loggers only after every callback is done.
+    """
+
+    def __init__(self, file: MetricsFile) -> None:
+        self.file = file
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if is_logged(trainer):
+            values = convert_tensors_to_scalars(trainer._results.metrics(on_step=True)["log"])  # type: ignore
+            self.file.log_metrics(values, int(values.pop("step")))
+
+
+def is_logged(trainer: Trainer) -> bool:
+    """Whether Lightning passes the step that has just finished to its loggers."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and trainer.global_step % every == 0
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.progress import TimeRemainingColumn as TimeRemaining
 
-from zephyr.observe.throughput import is_logged
+from zephyr.observe.metrics import is_logged
 
 
 class Progress(ProgressBar):

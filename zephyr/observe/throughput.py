@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from zephyr.data.batch import Batch
+from zephyr.observe.metrics import is_logged
 
 # Dense bf16 TFLOP/s by NVIDIA's data sheets. The first name contained in the device's name counts.
 PEAK_TFLOPS = {
@@ -121,12 +122,6 @@ class Throughput(Callback):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-
-def is_logged(trainer: L.Trainer) -> bool:
-    """Whether Lightning passes the step that has just finished to its loggers."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and trainer.global_step % every == 0
 
 
 def model_size(policy: Any) -> ModelSize:
