@@ -5,15 +5,22 @@ The only place that knows Hydra: it composes the configuration, turns it into pl
 
 import os
 import re
+import signal
 import sys
+from collections.abc import Sequence
 from errno import EACCES, EDQUOT, ENAMETOOLONG, ENOSPC, EPERM, EROFS
+from functools import partial
+from itertools import product
 from pathlib import Path
+from shutil import which
+from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -23,42 +30,51 @@ from zephyr import distributed
 from zephyr.errors import Stopped, UserError
 from zephyr.launch import JobFailed, launch
 from zephyr.settings import Settings, nearest, parse
+from zephyr.sweep import Direction, Sweep, direction
 
 CONF = "conf"
 MULTIRUN = ("-m", "--multirun")
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
-def job(cfg: DictConfig) -> float | None:
+def job(cfg: DictConfig, sweep: Sweep | None) -> float | None:
     """One run. Returns the metric a sweep compares: held-out preference accuracy, or the SFT loss."""
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        cfg.output_dir = f"{hydra_config.sweep.dir}/{hydra_config.sweep.subdir}"
     try:
-        settings = parse(as_dict(cfg))
-        try:
-            return start(settings, as_dict(cfg))
-        except Stopped as stopped:
-            saved = any(Path(cfg.output_dir, "checkpoints").glob("step-*"))
-            hint = "Go on with resume=auto." if saved else "Nothing was saved yet."
-            print(f"Stopped by {stopped.signal.name}. {hint}", file=sys.stderr)
-            sys.exit(128 + stopped.signal)
-    except (UserError, OmegaConfBaseException) as error:
+        config = as_dict(cfg)
+        distributed.adopt_slurm()
+        if sweep is not None and not config["dry_run"]:
+            return sweep.run(_varied(HydraConfig.get().overrides.task, sweep), config, partial(start, apart=True))
+        if sweep is None and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise UserError("A sweep takes no other flag than -m.")
+        return start(config)
+    except (UserError, OmegaConfBaseException) as error:  # here, because Hydra would announce it too
         fail(explain(error))
+    except JobFailed as error:
+        fail(str(error), status=1)
+    except Stopped as stopped:
+        if sweep is not None:
+            raise
+        saved = any(Path(cfg.output_dir, "checkpoints").glob("step-*"))
+        stop(stopped, "Go on with resume=auto." if saved else "Nothing was saved yet.")
 
 
-def start(settings: Settings, config: dict[str, Any]) -> float | None:
-    """Run here if this is one process of a run, or the only one; else start all of this node's."""
+def start(config: dict[str, Any], apart: bool = False) -> float | None:
+    """Run in this process, if it is the only one or one of a launcher's, else in new ones. `apart`: in new ones even
+    if it is one, so that whatever becomes of it is its own affair."""
+    settings = parse(config)
+    if settings.dry_run:
+        from zephyr.estimate import report
+
+        print(report(settings))
+        return None
     from zephyr.run import chosen, run  # here, so that a mistake in a setting is answered without torch
 
-    distributed.adopt_slurm()
     if distributed.joined():
         return run(settings, config)
     choice = chosen(settings)
-    if choice.processes == 1:
+    if choice.processes == 1 and not apart:
         return run(settings, config)
-    settled = {**config["trainer"], "devices": choice.devices, "strategy": choice.strategy}
-    return launch({**config, "trainer": settled}, choice.devices)
+    settled = {"devices": choice.devices} | ({} if choice.strategy == "single" else {"strategy": choice.strategy})
+    return launch({**config, "trainer": {**config["trainer"], **settled}}, choice.devices)
 
 
 def as_dict(cfg: DictConfig) -> dict[str, Any]:
@@ -79,10 +95,12 @@ def explain(error: Exception) -> str:
         for choice in value.strip("[]").split(",") if choices else ():
             if choice not in choices:
                 return f"Unknown {group} {choice!r}. Choose one of: {', '.join(choices)}.{nearest(choice, choices)}"
+    if re.search(r"Could not find 'hydra/(sweeper|launcher)/(optuna|submitit)", text):
+        return "This sweep needs Optuna or submitit: pip install 'zephyr[sweep]'"
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         return f"{_unreadable(match.group(1))} To run each of several values, add -m."
-    if "override_grammar" in text and (argument := _not_an_override()):
-        return _unreadable(argument)
+    if "override_grammar" in text and (unreadable := _not_an_override()):
+        return _unreadable(unreadable)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set: give {error.full_key}=VALUE."
     if isinstance(error, OmegaConfBaseException) and error.full_key:
@@ -139,41 +157,136 @@ def _choices(group: str) -> list[str]:
 def _compose(stage: str | None = None) -> DictConfig:
     """The configuration of the command line's groups alone, or of another stage with them."""
     chosen = dict(argument.split("=", 1) for argument in sys.argv[1:] if argument.count("=") == 1)
-    groups = {group: chosen[group] for group in ("stage", "recipe", "trainer", "logger") if group in chosen}
+    known = ["stage", "recipe", "trainer", "logger", "sweep"]
+    if (stage or chosen.get("stage")) == "dpo":
+        known += ["objective", "reference"]
+    groups = {group: chosen[group] for group in known if group in chosen}
     groups |= {"stage": stage} if stage else {}
     with hydra.initialize(version_base="1.3", config_path=CONF):
         return hydra.compose("train", [f"{group}={choice}" for group, choice in groups.items() if "," not in choice])
 
 
-def fail(message: str) -> NoReturn:
-    """Print the message alone, and leave with status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print the message alone, and leave."""
     print(f"Error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
-def check_sweep() -> None:
-    """Compose and parse every job of a sweep, so that the last one's mistake does not wait for the others to end."""
-    overrides = OverridesParser.create().parse_overrides([arg for arg in sys.argv[1:] if not arg.startswith("-")])
-    if any(override.key_or_group.startswith("hydra") for override in overrides):
-        return  # another sweeper or launcher may read them in another way
+def stop(stopped: Stopped, hint: str) -> NoReturn:
+    """Say so, and leave with the status of a signal."""
+    print(f"Stopped by {stopped.signal.name}. {hint}", file=sys.stderr)
+    sys.exit(128 + stopped.signal)
+
+
+def plan() -> Sweep | None:
+    """None of a single run. Of a sweep, what its jobs need to know, once every job is composed and parsed that can be
+    known beforehand, so that the last one's mistake does not wait for the others to end."""
+    arguments = [argument for argument in sys.argv[1:] if argument not in MULTIRUN]
+    if any(argument.startswith("-") for argument in arguments):
+        return None
+    arguments += ["hydra.mode=MULTIRUN"] * (len(arguments) < len(sys.argv[1:]))
     with hydra.initialize(version_base="1.3", config_path=CONF):
-        for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None):
-            for job_overrides in batch:
-                parse(as_dict(hydra.compose("train", list(job_overrides))))
+        loader = GlobalHydra.instance().config_loader()
+        cfg = loader.load_configuration("train", arguments, RunMode.MULTIRUN)
+        if cfg.hydra.mode != RunMode.MULTIRUN:
+            return None
+        if distributed.joined():
+            raise UserError("A launcher's every process would make a sweep of its own. Start the sweep without one.")
+        if cfg.hydra.launcher._target_.endswith(".SlurmLauncher") and not which("srun"):
+            raise UserError("There is no srun here: start the sweep where SLURM takes jobs, or without sweep=slurm.")
+        sweeper = cfg.hydra.sweeper
+        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        overrides = OverridesParser.create(loader).parse_overrides([*params, *cfg.hydra.overrides.task])
+        values = {override.get_key_element(): _values(override) for override in overrides}
+        keys = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+        keys |= {str(key) for key in sweeper.get("params") or {}}
+        grid = sweeper._target_.endswith(".BasicSweeper")
+        length = max(
+            map(len, values.values()), default=1
+        )  # of a sampler's space: every value, but not with every other
+        rows = product(*values.values()) if grid else ([v[i % len(v)] for v in values.values()] for i in range(length))
+        jobs = [[f"{key}={value}" for key, value in zip(values, row, strict=True)] for row in rows]
+        settings = [parse(as_dict(hydra.compose("train", job_overrides))) for job_overrides in jobs]
+        sweep = Sweep(Path(cfg.hydra.sweep.dir), frozenset(keys))
+    # as a job reckons it, it would depend on what varies
+    sys.argv.append(f"hydra.sweep.dir={QuotedString(str(sweep.folder), Quote.single).with_quotes()}")
+    if "direction" in sweeper:
+        sys.argv.append(f"hydra.sweeper.direction={_direction(settings)}")
+    if grid and not cfg.dry_run:
+        sweep.expect(_varied(job_overrides, sweep) for job_overrides in jobs)
+    return sweep
+
+
+def _values(override: Override) -> list[str]:
+    """All that an override of a sweep gives its key; of an interval, the ends."""
+    if override.is_interval_sweep():
+        interval = override.value()
+        return [str(interval.start), str(interval.end)]  # type: ignore[union-attr]
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [override.get_value_element_as_str()]
+
+
+def _varied(overrides: Sequence[str], sweep: Sweep) -> dict[str, str]:
+    pairs = (override.split("=", 1) for override in overrides if "=" in override)
+    return {key.lstrip("+"): value.strip("'\"") for key, value in pairs if key in sweep.keys}
+
+
+def _direction(jobs: Sequence[Settings]) -> Direction:
+    """In which direction a sampler has to look for good values of the metric that the jobs return."""
+    if any(job.data.validation is None for job in jobs):
+        raise UserError("A sampler compares runs by their validation, and data.validation is null.")
+    directions = {direction(job.stage) for job in jobs}
+    if len(directions) > 1:
+        raise UserError("The stages have different metrics, which a sampler cannot compare: sweep one stage.")
+    right = directions.pop()
+    for argument in sys.argv[1:]:
+        if argument.startswith("hydra.sweeper.direction=") and not argument.endswith(f"={right}"):
+            raise UserError(f"{argument} would look for the worst: the metric of stage={jobs[0].stage} is to {right}.")
+    return right
+
+
+def main() -> None:
+    """The command. Raises what is to be explained."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
+    sweep = plan()
+
+    @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
+    def one(cfg: DictConfig) -> float | None:
+        return job(cfg, sweep)
+
+    if sweep is None:
+        one()
+        return
+    failed = False
+    try:
+        one()
+    except Exception as error:
+        failed = "submitit" in type(error).__module__
+        if failed:
+            print(f"{str(error).splitlines()[0]}\nSee {sweep.folder}/.submitit.", file=sys.stderr)
+        elif "No trials are completed yet" not in str(error):  # Optuna's, which wants to name the best one
+            raise
+    finally:
+        failed = sweep.report() or failed
+    if failed:
+        sys.exit(1)
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(signum)
 
 
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise mistakes to here
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in MULTIRUN)  # Hydra wants it in front
     try:
-        if sys.argv[1:] and sys.argv[1] in MULTIRUN:
-            check_sweep()
-        job()
+        main()
     except (HydraException, OmegaConfBaseException, UserError) as error:
         fail(explain(error))
-    except JobFailed as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except Stopped as stopped:
+        stop(stopped, "The same command goes on.")
     except OSError as error:
         if error.errno not in (EACCES, EPERM, EROFS, ENOSPC, EDQUOT, ENAMETOOLONG):
             raise

@@ -13,6 +13,7 @@ from zephyr.data.batch import Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.dpo import DPO
 from zephyr.models.attention import SEGMENTS
 from zephyr.models.reference import Copy
+from zephyr.objectives import REFERENCE_FREE
 from zephyr.sft import SFT
 
 ADAMW = settings.Optimizer("adamw", 1e-3, [0.9, 0.999], 1e-8, 0.0, "linear", 0.1, 1.0)
@@ -38,10 +39,12 @@ def perturbed(model, seed: int = 1):
     return model
 
 
-def dpo_task(reference, policy, beta: float = 0.1) -> DPO:
+def dpo_task(reference, policy, beta: float = 0.1, name: str = "sigmoid", **options: float) -> DPO:
     for model in (reference, policy):
         model.set_attn_implementation(SEGMENTS)
-    return DPO(policy.train(), ADAMW, 10, 10.0, objective=tiny.objective(beta=beta), reference=Copy(reference))
+    objective = tiny.objective(name, beta, **options)
+    compared = None if name in REFERENCE_FREE else Copy(reference)
+    return DPO(policy.train(), ADAMW, 10, 10.0, objective=objective, reference=compared)
 
 
 def oracle(reference, policy, pairs: list[Pair], beta: float = 0.1):

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.ranks import spawn
 from tests.test_parity import ADAMW, dpo_task, perturbed, random_pairs
 from zephyr import distributed
-from zephyr.data.batch import IDLE, Conversation, pack_conversations, pack_pairs
+from zephyr.data.batch import IDLE, Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.errors import UserError
 from zephyr.models.attention import SEGMENTS
 from zephyr.models.sharding import shard, whole
@@ -47,7 +47,7 @@ def step_gradient(task, batches, **several):
 
 
 @pytest.mark.parametrize("split", [[8], [1] * 8, [1, 4, 3]], ids=str)
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "aot", "nll", "modified"])
 def test_the_split_into_micro_batches_changes_nothing(stage, split):
     items, pack, task = step_of(stage)
     edges = [sum(split[:i]) for i in range(len(split) + 1)]
@@ -63,7 +63,7 @@ SHARES = ([[[0, 1, 2, 3]], [[4, 5, 6, 7]]], [[[0], [1, 2], [3]], [[4, 5, 6, 7], 
 def test_the_split_among_processes_changes_nothing(tmp_path, strategy):
     """Two ranks with four examples each, and with one to three micro-batches."""
     for found in spawn(gradients_of_a_rank, 2, tmp_path, strategy):
-        for stage in ("sft", "dpo"):
+        for stage in STAGES:
             items, pack, task = step_of(stage)
             whole_step = step_gradient(task, [pack(items)])
             for gradient_and_metrics in found[stage]:
@@ -72,17 +72,26 @@ def test_the_split_among_processes_changes_nothing(tmp_path, strategy):
 
 def gradients_of_a_rank(strategy):
     with distributed.process_group("cpu"):
-        return {stage: [gradient_of_a_rank(stage, strategy, s) for s in SHARES] for stage in ("sft", "dpo")}
+        return {stage: [gradient_of_a_rank(stage, strategy, s) for s in SHARES] for stage in STAGES}
 
 
 def gradient_of_a_rank(stage, strategy, shares):
     items, pack, task = step_of(stage)
     if strategy == "fsdp":
         mesh = init_device_mesh("cpu", (2,))
-        for model in (task.policy, *([task.reference.model] if stage == "dpo" else [])):
+        for model in (task.policy, *([task.reference.model] if getattr(task, "reference", None) else [])):
             shard(model, mesh, None, cpu_offload=False)
     own = [pack([items[i] for i in part]) if part else IDLE for part in shares[distributed.rank()]]
     return step_gradient(task, own, strategy=Ranks(), devices=2, plugins=[LightningEnvironment()])
+
+
+OBJECTIVES = {  # aot sorts the pairs of a step against each other, sft divides by the tokens of a step
+    "dpo": {},
+    "aot": {"name": "aot", "label_smoothing": 0.1},
+    "nll": {"name": "sft"},
+    "modified": {"ld_alpha": 0.5, "weighting": "wpo"},
+}
+STAGES = ["sft", *OBJECTIVES]
 
 
 def step_of(stage):
@@ -93,7 +102,7 @@ def step_of(stage):
     policy.set_attn_implementation(SEGMENTS)
     if stage == "sft":
         return conversations(), pack_conversations, SFT(policy, unclipped, 10, 10.0)
-    task = dpo_task(reference, policy)
+    task = dpo_task(reference, policy, **OBJECTIVES[stage])
     task.settings = unclipped
     return random_pairs(8), pack_pairs, task
 
@@ -180,3 +189,21 @@ def test_validation_weighs_by_units():
     loss, sums = task.loss(pack_pairs(pairs))
     expected = {f"eval/{name}": value.item() / 4 for name, value in {"loss": loss, **sums}.items()}
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_step_wise_nll_is_that_of_the_steps_tokens():
+    """Six pairs in two micro-batches: one mean over all chosen tokens, not a mean of means."""
+    reference = tiny.model(0)
+    task, pairs = dpo_task(reference, perturbed(reference), name="sft"), random_pairs(6)
+    batches = [pack_pairs(pairs[:1]), pack_pairs(pairs[1:])]
+    loss = sum(loss for loss, _ in task.losses(batches)) / 6
+    chosen = torch.cat([task.pairs(batch)[0].chosen for batch in batches])
+    assert_close(loss, -chosen.sum() / sum(len(pair.chosen) for pair in pairs), rtol=1e-6, atol=0)
+
+
+def test_length_desensitised_sums_by_hand():
+    """Of 3 chosen and 5 rejected tokens, the last 2 rejected count half."""
+    task = dpo_task(tiny.model(0), tiny.model(0), ld_alpha=0.5)
+    batch = pack_pairs([Pair([1, 2], [3, 4, 256], [5, 6, 7, 8, 256])])
+    logps = torch.tensor([-1.0, -2.0, -4.0, -1.0, -2.0, -4.0, -8.0, -16.0])
+    assert task._sums(logps, batch).tolist() == [-7.0, -19.0]

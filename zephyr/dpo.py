@@ -132,7 +132,7 @@ def _coupled(own: list[Logps], objective: Objective) -> tuple[list[Tensor], list
     pairs = Logps(*step)
     variables = [side.clone().requires_grad_() for side in (pairs.chosen, pairs.rejected)]
     losses = preference_loss(pairs._replace(chosen=variables[0], rejected=variables[1]), objective, None)
-    by_chosen, by_rejected = torch.autograd.grad(losses.sum(), variables)
+    by_chosen, by_rejected = torch.autograd.grad(losses.sum(), variables, materialize_grads=True)
     sizes = [len(micro.chosen) for micro in own]
 
     def parts(values: Tensor) -> tuple[Tensor, ...]:

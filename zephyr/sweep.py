@@ -114,8 +114,11 @@ class Sweep:
     def report(self) -> bool:
         """Print the table of this command's jobs, best first, and leave it in sweep.csv, sweep.md and sweep.png.
         Whether one failed."""
+        (self.folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's: nobody needs it, and no secret is taken out
         jobs = [job for job in self._jobs() if job.command == self.command]
         if not jobs:
+            with suppress(OSError):
+                self.folder.rmdir()  # of a dry run; any other is not empty
             return False
         rows = sorted((_Row(job, _figures(self.folder / job.name, job)) for job in jobs), key=_Row.place)
         keys = sorted({key for row in rows for key in row.job.varied})
@@ -133,7 +136,6 @@ class Sweep:
         (self.folder / "sweep.md").write_text(table)
         (self.folder / "sweep.png").unlink(missing_ok=True)
         plotted = _plot(rows, self.folder / "sweep.png")
-        (self.folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's: nobody needs it, and no secret is taken out
         print(table)
         failed = [job for job in jobs if job.status == "failed"]
         for job in failed:
@@ -150,9 +152,11 @@ class Sweep:
         group = logger["group"] or self.folder.resolve().name
         return {**logger, "group": group, "name": name if default else logger["name"]}
 
-    def _enter(
-        self, job: Job, status: Literal["unfinished", "finished", "failed"] = "unfinished", message: str = ""
-    ) -> None:
+    def _job(self, varied: Varied) -> Job:
+        varied = redact(varied)
+        return Job(name_of(varied), varied, self.command)
+
+    def _enter(self, job: Job) -> None:
         if distributed.rank() > 0:
             return
         file = self.folder / ".jobs" / f"{job.name}.json"
@@ -257,6 +261,7 @@ def _plot(rows: list[_Row], path: Path) -> bool:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     keys = sorted(set.intersection(*(set(row.job.varied) for row in rows)))
     values = {key: {row.job.varied[key] for row in rows} for key in keys}
@@ -294,6 +299,11 @@ def _plot(rows: list[_Row], path: Path) -> bool:
             axes.scatter(*zip(*points, strict=True), color=_COLOURS[0])
         if key.rpartition(".")[2] in _LOG_SCALED:
             axes.set_xscale("log")
+        if not scattered:
+            ticks = {float(text): text for text in values[key]}
+            turned = {"rotation": 45, "ha": "right"} if len(ticks) > 6 else {}
+            axes.set_xticks([*ticks], [*ticks.values()], **turned)
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(key)
         axes.set_ylabel(metric if key == panels[0] else "")
     figure.suptitle(path.parent.resolve().name, x=0.01, ha="left", fontsize=12, fontweight="bold")
