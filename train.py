@@ -34,6 +34,7 @@ from zephyr.sweep import Direction, Sweep, direction
 
 CONF = "conf"
 MULTIRUN = ("-m", "--multirun")
+ONLY_FLAG = "A sweep takes no other flag than -m."
 
 
 def job(cfg: DictConfig, sweep: Sweep | None) -> float | None:
@@ -44,7 +45,7 @@ def job(cfg: DictConfig, sweep: Sweep | None) -> float | None:
         if sweep is not None and not config["dry_run"]:
             return sweep.run(_varied(HydraConfig.get().overrides.task, sweep), config, partial(start, apart=True))
         if sweep is None and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise UserError("A sweep takes no other flag than -m.")
+            raise UserError(ONLY_FLAG)
         return start(config)
     except (UserError, OmegaConfBaseException) as error:  # here, because Hydra would announce it too
         fail(explain(error))
@@ -182,9 +183,12 @@ def plan() -> Sweep | None:
     """None of a single run. Of a sweep, what its jobs need to know, once every job is composed and parsed that can be
     known beforehand, so that the last one's mistake does not wait for the others to end."""
     arguments = [argument for argument in sys.argv[1:] if argument not in MULTIRUN]
+    multirun = len(arguments) < len(sys.argv[1:])
     if any(argument.startswith("-") for argument in arguments):
+        if multirun:
+            raise UserError(ONLY_FLAG)
         return None
-    arguments += ["hydra.mode=MULTIRUN"] * (len(arguments) < len(sys.argv[1:]))
+    arguments += ["hydra.mode=MULTIRUN"] * multirun
     with hydra.initialize(version_base="1.3", config_path=CONF):
         loader = GlobalHydra.instance().config_loader()
         cfg = loader.load_configuration("train", arguments, RunMode.MULTIRUN)

@@ -52,7 +52,7 @@ def test_every_option_of_every_group_composes():
     files = {path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml")}
     assert len(files) >= 18
     used = {"train"}
-    for group in ("trainer", "logger", "objective", "reference"):
+    for group in ("trainer", "logger", "objective", "reference", "sweep"):
         for option in [path.stem for path in (CONF / group).glob("*.yaml")]:
             parse(load(f"{group}={option}", "stage=dpo"))
             used.add(f"{group}/{option}")

@@ -31,11 +31,12 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
     "export": {"models"},
     "record": {"data.modules", "export", "observe.metrics"},
     "placement": {"distributed", "models.policy"},
-    "estimate": {"models", "data", "observe.throughput", "task", "sft", "dpo", "objectives"},
+    "simulate": {"models", "data", "task", "sft", "dpo", "objectives", "observe.throughput"},
+    "estimate": {"simulate", "models", "data", "observe.throughput", "task", "sft", "dpo", "objectives"},
     "assemble": {"data", "models", "distributed", "estimate", "objectives", "placement", "sft", "dpo", "task"},
     "worker": {"distributed", "run", "worker"},
     "launch": {"worker", "interruption"},
-    "sweep": {"redact"},
+    "sweep": {"redact", "distributed", "launch"},
 }
 
 

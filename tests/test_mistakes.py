@@ -216,7 +216,7 @@ RUNS: dict[str, tuple[str, Mistake, str]] = {
     "a file": ("sft", set_to("model.path=TMP/world/chats.jsonl"), "chats.jsonl holds no model (config.json)"),
     "no config": ("sft", model(without("config.json")), "holds no model (config.json)"),
     "output folder": ("sft", model(nested), "Did you mean"),
-    "adapter": ("sft", model(adapter), "is damaged (KeyError"),
+    "adapter": ("sft", model(adapter), "is damaged ('base_model_name_or_path'"),
     "bad config": ("sft", model(write("config.json", b"{")), "is not a valid JSON file"),
     "bad value": ("sft", model(edited("config.json", hidden_size="x")), "'hidden_size' expected int, got str"),
     "not causal": ("sft", model(write("config.json", b'{"model_type": "t5"}')), "Unrecognized configuration class"),

@@ -85,7 +85,8 @@ def _reference(
     if settings.objective.name in REFERENCE_FREE:
         _log.info("objective=%s takes no reference.", settings.objective.name)
         return None
-    mode, follows = settings.reference.mode, bool(settings.reference.sync_every_n_steps)
+    mode: str = settings.reference.mode
+    follows = bool(settings.reference.sync_every_n_steps)
     if mode == "auto":
         mode, why = _cheapest(settings, start, placement, choice, follows)
         _log.info("reference=%s: %s.", mode, why)

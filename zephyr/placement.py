@@ -83,8 +83,7 @@ def placed(choice: Choice, settings: Settings) -> Iterator[Placement]:
     trainer = settings.trainer
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
-    index = distributed.local_rank() if choice.device_type == "cuda" else None
-    device = torch.device(choice.device_type, index)
+    device = torch.device("cpu") if choice.device_type == "cpu" else torch.device("cuda", distributed.local_rank())
     here = Placement(device, trainer.precision, compile=trainer.compile)
     if choice.strategy == "single":
         yield here

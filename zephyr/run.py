@@ -119,7 +119,7 @@ def _run(settings: Settings, config: dict[str, Any], choice: Choice, placement: 
     with ExitStack() as closing:
         loggers = _loggers(settings, config, output, data, fresh=checkpoint is None)
         for logger in loggers[1:]:
-            closing.callback(lambda logger=logger: logger.experiment.finish())
+            closing.callback(logger.experiment.finish)  # type: ignore[attr-defined]
         live = isinstance(getattr(task, "reference", None), Copy | AdapterOff)
         trainer = _trainer(settings, output, data, tokenizer, checkpoints, loggers, choice, placement, live)
         _fit(trainer, task, data, checkpoint, output)

@@ -7,13 +7,15 @@ to fragments; the one scratch buffer that matters, logsumexp's, is added.
 """
 
 import copy
+import math
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from zephyr.data.batch import Batch
 from zephyr.dpo import DPO
-from zephyr.models.adapters import add_reference, attach
+from zephyr.models.adapters import add_reference, attach, in_four_bits
 from zephyr.models.policy import Placement, _save_memory, skeleton
 from zephyr.models.reference import AdapterOff, Copy, Precomputed, Reference
 from zephyr.models.sharding import shard
@@ -36,6 +38,7 @@ from zephyr.sft import SFT
 from zephyr.task import Task
 
 _FEW = 4  # layers that tell how a step grows with their number: the first two, the last two
+_BLOCK = 64  # 4-bit weights that share a scale
 
 
 class Peak(NamedTuple):
@@ -46,11 +49,15 @@ class Peak(NamedTuple):
     reference: float
     activations: float
     logits: float  # of the chunk of scored tokens at hand
+    casts: float  # weights in the dtype of the products: autocast keeps them for the whole step
     gathered: float  # by FSDP: layers in full, and what their gradients are summed in
 
     @property
     def total(self) -> float:
         return sum(self)
+
+
+_NOTHING = Peak(*[-1.0] * 7)
 
 
 class Run(NamedTuple):
@@ -78,9 +85,7 @@ def peak(run: Run, whole: bool = False) -> Peak:
 
 
 def _equal_layers(config: Any) -> bool:
-    shapes = {
-        tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in skeleton(config).model.layers
-    }
+    shapes = {tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in skeleton(config).model.layers}
     return len(shapes) == 1 and len(set(getattr(config, "layer_types", None) or [])) <= 1
 
 
@@ -97,7 +102,7 @@ def _moments(run: Run, layers: int) -> dict[Hashable, Peak]:
         follows = run.settings.reference is not None and bool(run.settings.reference.sync_every_n_steps)
         policy = _bare(run.settings.model, config, placement, follower=follows and run.reference == "adapter")
         frozen = _bare(run.settings.model, config, placement, frozen=True) if run.reference == "copy" else None
-        with fake, ledger, ledger.gathering(mesh is not None):
+        with fake, ledger, ledger.gathering(mesh is not None, run.settings.model.quantization is not None):
             _furnish(policy, run.settings.model, placement, ledger, "weights")
             reference: Reference | None = Precomputed() if run.reference == "precomputed" else None
             if frozen is not None:
@@ -228,6 +233,10 @@ def _step(task: Task, batch: Batch, micro_batches: int, placement: Placement, le
             loss.backward()
 
 
+def _find_scales(layer: Any) -> None:
+    layer.weight.quant_state = layer.quant_state
+
+
 def _mark(decoder: Any, ledger: "_Ledger") -> None:
     """Let the ledger tell apart the forward and backward passes of each layer, and what comes in between."""
     count = len(decoder.layers)
@@ -282,11 +291,77 @@ class _Ledger(TorchDispatchMode):
             self._label = before
 
     @contextmanager
-    def gathering(self, sharded: bool) -> Iterator[None]:
-        """Inside, what FSDP allocates is booked as its own, with the shards of gradients apart."""
-        resize = torch.UntypedStorage.resize_
+    def gathering(self, sharded: bool, quantised: bool) -> Iterator[None]:
+        """Inside, storages that change their size are followed, and what FSDP allocates is booked as such."""
+        with ExitStack() as patched:
+            resize = torch.UntypedStorage.resize_
 
-        def resized(storage: Any, size: int) -> Any:
-            resize(storage, size)
-            self._book(storage, self._alive.get(storage._cdata, (None, 0, "gathered"))[2])
-            return storage
+            def resized(storage: Any, size: int) -> None:
+                resize(storage, size)
+                self._book(storage, self._alive[storage._cdata][2] if storage._cdata in self._alive else "gathered")
+
+            patched.enter_context(patch.object(torch.UntypedStorage, "resize_", resized))
+            if quantised:
+                from bitsandbytes.nn import modules
+
+                # FSDP's gathered weight is a new parameter each time
+                find = "fix_4bit_weight_quant_state_from_module"
+                patched.enter_context(patch.object(modules, find, _find_scales))
+            if sharded:
+                from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+                for name in ("unshard", "wait_for_unshard", "post_backward"):
+                    patched.enter_context(patch.object(FSDPParamGroup, name, self._fsdp(getattr(FSDPParamGroup, name))))
+            yield
+
+    def _fsdp(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def booked(group: Any, *args: Any, **options: Any) -> Any:
+            with self.booking("gathered"):
+                result = method(group, *args, **options)
+            for parameter in group.fsdp_params:
+                self.rebook(parameter.sharded_param.grad, "gradients")
+            return result
+
+        return booked
+
+    def rebook(self, tensor: Tensor | None, label: str) -> None:
+        """Say what a tensor is for, now that it is known."""
+        if tensor is not None:
+            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            self._book(local.untyped_storage(), label)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does to its local tensors comes here again
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, FakeTensor) and (storage := result.untyped_storage())._cdata not in self._alive:
+                self._book(storage, self._label or self._purpose(func, args, result))
+        if func is torch.ops.aten.logsumexp.default:  # its exponentials
+            self._look(scratch=args[0].nbytes)
+        return results
+
+    def _purpose(self, func: Any, args: Any, result: Tensor) -> str:
+        if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
+            return "casts"
+        return "logits" if result.shape[-1:] == (self._vocabulary,) else "activations"
+
+    def _book(self, storage: Any, label: str) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        alive, before, old = self._alive.get(key, (None, 0, label))
+        self._alive[key] = alive or weakref.ref(storage, lambda _: self._close(key)), size, label
+        self._bytes[old] -= before
+        self._bytes[label] += size
+        self._look()
+
+    def _close(self, key: int) -> None:
+        _, size, label = self._alive.pop(key)
+        self._bytes[label] -= size
+
+    def _look(self, scratch: int = 0) -> None:
+        moment = self._passes, *self._moment
+        if self._passes == 0:
+            return  # being built
+        if self._bytes.total() + scratch > self.moments.get(moment, _NOTHING).total:
+            found = Peak(*(float(self._bytes[label]) for label in Peak._fields))
+            self.moments[moment] = found._replace(logits=found.logits + scratch)

@@ -5,7 +5,6 @@ is in the sweep's folder. Nothing here knows torch, nor who chooses the values.
 """
 
 import csv
-import fcntl
 import hashlib
 import json
 import math
@@ -106,8 +105,11 @@ class Sweep:
             except Stopped as stopped:
                 if (socket.gethostname(), os.getpid()) == self.home:
                     raise
-                _say(f"{job.name}: stopped by {stopped.signal.name}.")  # alone: the others may have all they need
+                _say(f"{job.name}: stopped by {stopped.signal.name}.")  # in a queue, which lets the others run
                 return None
+            except Exception as error:
+                self._enter(replace(job, status="failed", message=repr(error)))
+                raise
             self._enter(replace(job, status="finished"))
         return metric if metric is not None and math.isfinite(metric) else None
 
@@ -175,6 +177,8 @@ class Sweep:
         if distributed.rank() > 0:
             yield
             return
+        import fcntl  # which Windows lacks
+
         file = self.folder / ".jobs" / f"{name}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as lock:
@@ -191,19 +195,14 @@ class Sweep:
 @dataclass(frozen=True)
 class _Row:
     job: Job
-    figures: dict[str, Any]  # of _COLUMNS, and "metric", "of": what is compared
+    figures: dict[str, Any]  # of _COLUMNS, and of a finished one metric and stage
 
     def place(self) -> tuple[Any, ...]:
         """In the table: what is good comes early."""
-        metric = self.figures.get("metric")
+        metric, stage = self.figures.get("metric"), self.figures.get("stage", "")
         rank = ("finished", "unfinished", "failed").index(self.job.status) if metric is None else -1
-        best = 0.0 if metric is None else -metric if direction(self.figures["stage"]) == "maximize" else metric
-        return (
-            rank,
-            self.figures.get("stage", ""),
-            best,
-            [_sortable(self.job.varied[key]) for key in sorted(self.job.varied)],
-        )
+        cost = 0.0 if metric is None else -metric if direction(stage) == "maximize" else metric
+        return rank, stage, cost, [_sortable(self.job.varied[key]) for key in sorted(self.job.varied)]
 
 
 def _holds(output: Path, config: dict[str, Any]) -> bool:
@@ -253,73 +252,62 @@ def _markdown(header: list[str], cells: list[list[Any]]) -> str:
 
 
 def _plot(rows: list[_Row], path: Path) -> bool:
-    """The metric against what varies: a line a value of the rest, against the number with most values. Where no line
-    would have two points (random search), dots, against each number. Bars where no number varies."""
+    """The metric against what varies: against the number with most values, a line for each of the rest; where most such
+    lines would be a single dot (random search), dots against each number; where no number varies, bars."""
     rows = [row for row in rows if row.figures.get("metric") is not None]
     rows = [row for row in rows if row.figures["stage"] == rows[0].figures["stage"]]
     if not rows:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
 
-    keys = sorted(set.intersection(*(set(row.job.varied) for row in rows)))
-    values = {key: {row.job.varied[key] for row in rows} for key in keys}
-    numbers = [key for key in keys if len(values[key]) > 1 and all(_number(value) is not None for value in values[key])]
+    values = {key: {row.job.varied.get(key, "") for row in rows} for key in sorted(rows[0].job.varied)}
+    varied = [key for key in values if len(values[key]) > 1]
+    numbers = [key for key in varied if all(_number(value) is not None for value in values[key])]
     numbers.sort(key=lambda key: -len(values[key]))
-    lines = _lines(rows, numbers[0]) if numbers else {}
+    lines = _lines(rows, numbers[0], varied) if numbers else {}
     scattered = len(numbers) > 1 and 2 * len(lines) > len(rows)
     panels = numbers if scattered else numbers[:1]
     figure = Figure(figsize=(max(7.5, 4.0 * len(panels)), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     metric = "eval/rewards/accuracies" if direction(rows[0].figures["stage"]) == "maximize" else "eval/loss"
-    for axes, key in zip(
-        figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0], panels or [""], strict=True
-    ):
-        axes.grid(color="0.92", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if not key:
-            axes.barh(
-                [row.job.name for row in rows][::-1], [row.figures["metric"] for row in rows][::-1], color=_COLOURS[0]
-            )
-            axes.set_xlabel(metric)
-            continue
-        for number, (label, points) in enumerate(lines.items() if not scattered else []):
-            style = "o-" if number < len(_COLOURS) else "s--"
-            axes.plot(
-                *zip(*points, strict=True),
-                style,
-                color=_COLOURS[number % len(_COLOURS)],
-                linewidth=1.6,
-                label=label or None,
-            )
-        if scattered:
-            points = [point for line in _lines(rows, key).values() for point in line]
-            axes.scatter(*zip(*points, strict=True), color=_COLOURS[0])
+    axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    for panel, key in zip(axes, panels, strict=False):
+        for line, (label, points) in enumerate((_lines(rows, key, [key]) if scattered else lines).items()):
+            style = "o" if scattered else "o-" if line < len(_COLOURS) else "s--"
+            panel.plot(*zip(*points, strict=True), style, color=_COLOURS[line % len(_COLOURS)], label=label or None)
         if key.rpartition(".")[2] in _LOG_SCALED:
-            axes.set_xscale("log")
+            panel.set_xscale("log")
         if not scattered:
-            ticks = {float(text): text for text in values[key]}
-            turned = {"rotation": 45, "ha": "right"} if len(ticks) > 6 else {}
-            axes.set_xticks([*ticks], [*ticks.values()], **turned)
-            axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel(key)
-        axes.set_ylabel(metric if key == panels[0] else "")
+            few = len(values[key]) <= 6
+            panel.set_xticks(
+                *zip(*((float(text), text) for text in values[key]), strict=True),
+                **({} if few else {"rotation": 45, "ha": "right"}),
+            )
+            panel.minorticks_off()
+        panel.set_xlabel(key)
+    axes[0].set_ylabel(metric)
+    if not panels:
+        axes[0].barh(*zip(*((row.job.name, row.figures["metric"]) for row in reversed(rows)), strict=True))
+        axes[0].set(xlabel=metric, ylabel="")
+    for panel in axes:
+        panel.grid(color="0.92", linewidth=0.7)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(path.parent.resolve().name, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    if not scattered and any(lines):
+    if any(lines) and not scattered:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=140)
     return True
 
 
-def _lines(rows: list[_Row], key: str) -> dict[str, list[tuple[float, float]]]:
-    """Points (value of key, metric) by what else varies."""
+def _lines(rows: list[_Row], key: str, varied: list[str]) -> dict[str, list[tuple[float, float]]]:
+    """Points (value of key, metric) in order, by what else varies."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for row in sorted(rows, key=lambda row: _number(row.job.varied[key]) or 0.0):
-        rest = ", ".join(f"{other}={value}" for other, value in sorted(row.job.varied.items()) if other != key)
+    for row in rows:
+        rest = ", ".join(f"{other}={row.job.varied.get(other)}" for other in varied if other != key)
         lines.setdefault(rest, []).append((float(row.job.varied[key]), row.figures["metric"]))
-    return dict(sorted(lines.items()))
+    return {rest: sorted(lines[rest]) for rest in sorted(lines)}
 
 
 def _number(text: str) -> float | None:

@@ -161,4 +161,5 @@ def _optimizer(settings: OptimizerSettings, parameters: list[nn.Parameter]) -> O
         return torch.optim.AdamW(groups, **options, fused=True)
     from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
 
-    return {"paged_adamw_32bit": PagedAdamW32bit, "paged_adamw_8bit": PagedAdamW8bit}[settings.name](groups, **options)
+    paged: Any = PagedAdamW32bit if settings.name == "paged_adamw_32bit" else PagedAdamW8bit
+    return paged(groups, **options)

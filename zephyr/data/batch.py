@@ -37,6 +37,11 @@ class Batch(NamedTuple):
     examples: int  # conversations, or pairs (then S = 2 x pairs: the chosen ones first, then the rejected ones)
     reference: Tensor | None = None  # [S] precomputed log-probabilities of the sequences under the reference, in nats
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same with its tensors on another device."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**moved)
+
 
 class Conversation(NamedTuple):
     """One tokenised conversation; a token is scored where its label is true."""

@@ -101,9 +101,8 @@ def precompute(
     device = next(policy.parameters()).device
     found = np.full((examples, 2), np.nan)
     for members, batch in batches:
-        moved = Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
         with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            logps = of(policy, moved)
+            logps = of(policy, batch.to(device))
         found[members] = logps.reshape(2, -1).T.cpu().numpy()
     if dist.is_initialized():
         shares: list[Any] = [None] * dist.get_world_size()
