@@ -63,7 +63,7 @@ def start(config: dict[str, Any], apart: bool = False) -> float | None:
     if it is one, so that whatever becomes of it is its own affair."""
     settings = parse(config)
     if settings.dry_run:
-        from zephyr.estimate import report
+        from zephyr.dry_run import report
 
         print(report(settings))
         return None

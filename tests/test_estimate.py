@@ -110,6 +110,7 @@ class Meter(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, step: int) -> None:
         if step == 1:
+            module.zero_grad()  # as the step itself would; of what was there before, the records have no end
             self.before = resting(trainer, module)
             self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self.profiler.__enter__()
@@ -126,14 +127,14 @@ class Meter(Callback):
 
 
 def resting(trainer: L.Trainer, module: Any) -> int:
-    """Bytes of weights, gradients, optimizer and scales, each storage once."""
-    tensors = [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters())]
+    """Bytes of weights, optimizer and the scales of 4-bit weights, each storage once."""
+    tensors = [*module.parameters(), *module.buffers()]
     for values in trainer.optimizers[0].state.values():
         tensors += [value for value in values.values() if isinstance(value, torch.Tensor)]
     for layer in module.modules():
         if (packed := getattr(layer, "quant_state", None)) is not None:
             tensors += [packed.absmax, packed.code, *([packed.state2.absmax] if packed.nested else [])]
-    local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors if t is not None]
+    local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
@@ -183,7 +184,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch, "base")
         tiny.model(
-            hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, vocab_size=8192,
+            hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, vocab_size=4096,
             max_position_embeddings=4096,
         ).save_pretrained(base)  # fmt: skip
         names = [name for name in CASES if not sys.argv[1:] or sys.argv[1] in name]

@@ -32,6 +32,7 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
     "record": {"data.modules", "export", "observe.metrics"},
     "placement": {"distributed", "models.policy"},
     "simulate": {"models", "data", "task", "sft", "dpo", "objectives", "observe.throughput"},
+    "dry_run": {"demo", "data", "models", "estimate", "simulate", "objectives", "observe.throughput"},
     "estimate": {"simulate", "models", "data", "observe.throughput", "task", "sft", "dpo", "objectives"},
     "assemble": {"data", "models", "distributed", "estimate", "objectives", "placement", "sft", "dpo", "task"},
     "worker": {"distributed", "run", "worker"},

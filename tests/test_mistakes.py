@@ -89,6 +89,7 @@ SETTINGS = [
     (["data.train=a (copy).jsonl"], "two pairs of quotes: 'data.train=\"a (copy).jsonl\"'"),
     (["seed=1,2"], "Cannot read 'seed=1,2'", "To run each of several values, add -m"),
     (["-m", "seed=1,abc"], "seed must be a whole number, got 'abc'"),
+    (["-m", "stage=dpo", "objective.beta=0.1,0"], "objective.beta must be above 0"),
     (["stage=sft,dp0", "-m"], "Unknown stage 'dp0'"),
 ]
 

@@ -132,15 +132,6 @@ def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_been(tmp_path, stop, 
     assert metrics(folder / "stopped") == metrics(folder / "whole")
 
 
-def test_a_sweep_gives_each_job_its_folder(tmp_path):
-    folder = world(tmp_path)
-    train(folder, "dpo", folder / "dpo", "-m", "objective.beta=0.1,0.5", "trainer.max_steps=2")
-    jobs = sorted(path for path in (folder / "dpo-sweep").iterdir() if path.is_dir())
-    betas = [yaml.safe_load((job / "config.yaml").read_text())["objective"]["beta"] for job in jobs]
-    assert betas == [0.1, 0.5] and all((job / "model").is_dir() for job in jobs)
-    assert metrics(jobs[0])[-1] != metrics(jobs[1])[-1]
-
-
 def test_bf16_trains(tmp_path):
     folder = world(tmp_path)
     train(folder, "dpo", folder / "bf16", "trainer.precision=bf16-mixed", "model.activation_checkpointing=full")

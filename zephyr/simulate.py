@@ -218,15 +218,17 @@ def _task(settings: Settings, policy: Any, reference: Reference | None) -> Task:
     if settings.objective is None:
         return SFT(*common)
     # An objective's own arithmetic is on a few numbers, some of which decide what is done; here they have no data.
-    name = settings.objective.name if settings.objective.name in REFERENCE_FREE else "sigmoid"
-    objective = replace(settings.objective, name=name, ld_alpha=1.0, weighting=None, options={})
+    objective = replace(settings.objective, ld_alpha=1.0, weighting=None)
+    if objective.name not in REFERENCE_FREE:
+        objective = replace(objective, name="sigmoid", options={})
     return DPO(*common, objective=objective, reference=reference)
 
 
 def _step(task: Task, batch: Batch, micro_batches: int, placement: Placement, ledger: "_Ledger") -> None:
     if isinstance(getattr(task, "reference", None), Precomputed):
         batch = batch._replace(reference=torch.zeros(2 * batch.examples, dtype=torch.float64))
-    with torch.autocast("cpu", torch.bfloat16, enabled=placement.autocast):
+    # As Lightning has it: each use of a weight casts it anew.
+    with torch.autocast("cpu", torch.bfloat16, enabled=placement.autocast, cache_enabled=False):
         for _ in range(micro_batches):
             ledger.begin("forward")
             loss, _ = task.loss(batch)

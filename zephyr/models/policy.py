@@ -117,7 +117,7 @@ def load_policy(
 
 def _load(path: str, revision: str | None, model: Model, placement: Placement, dtype: torch.dtype) -> Any:
     """The transformers model; without weights if each process will read its own rows."""
-    config = _config(path, revision)
+    config = read_config(path, revision)
     if placement.mesh is not None and not model.quantization:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=SEGMENTS)
@@ -181,7 +181,7 @@ def check_policy(path: str, revision: str | None, lora: Lora | None = None) -> A
     start = lineage(path, revision)
     if start is not None:
         path, revision = start.base, start.base_revision
-    config = _config(path, revision)
+    config = read_config(path, revision)
     try:
         model = skeleton(config)
         if Path(path).is_dir():
@@ -232,7 +232,8 @@ def _open_weights(folder: Path) -> None:
             raise ValueError(f"{file.name} is missing or damaged: {reason(error)}") from error
 
 
-def _config(path: str, revision: str | None) -> Any:
+def read_config(path: str, revision: str | None) -> Any:
+    """The configuration of a folder or a hub model. Raises UserError where there is none that can be trained."""
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").exists():
         hint = f" Did you mean {folder / 'model'}?" if (folder / "model" / "config.json").exists() else ""
