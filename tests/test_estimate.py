@@ -127,7 +127,7 @@ class Meter(Callback):
 
 
 def resting(trainer: L.Trainer, module: Any) -> int:
-    """Bytes of weights, optimizer and the scales of 4-bit weights, each storage once."""
+    """Bytes of weights, optimizer and the scales of 4-bit weights, each once."""
     tensors = [*module.parameters(), *module.buffers()]
     for values in trainer.optimizers[0].state.values():
         tensors += [value for value in values.values() if isinstance(value, torch.Tensor)]
@@ -135,7 +135,7 @@ def resting(trainer: L.Trainer, module: Any) -> int:
         if (packed := getattr(layer, "quant_state", None)) is not None:
             tensors += [packed.absmax, packed.code, *([packed.state2.absmax] if packed.nested else [])]
     local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
+    return sum({t.data_ptr(): t.nbytes for t in local}.values())
 
 
 def measured(names: list[str], model: str, tokens: int) -> dict[str, float]:

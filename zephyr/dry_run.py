@@ -27,7 +27,7 @@ MFU = 0.4  # share of the peak that well-kept trainers of 7B models report; ours
 MEMORY_GIB = {"A100": 80, "H100 PCIe": 80, "H100 NVL": 94, "H100": 80, "H200": 141, "L40S": 48, "RTX 4090": 24}
 ROOM = 0.92  # of a GPU's memory that tensors can have: the rest is the context's and lost to fragments
 # The recipes' base models, so that their dry runs need no network.
-KNOWN = {
+KNOWN: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "sliding_window": 4096,

@@ -1,5 +1,6 @@
-"""What a run takes, before it runs: memory of each device by part."""
+"""What a model takes in memory from step to step: weights, gradients, optimizer, a copied reference."""
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from zephyr.models.policy import Placement, skeleton
 from zephyr.settings import Model, Settings
 
-_NF4 = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / 64 / 256  # bytes a weight: half one, and each block's scale; scales in 8 bits
+_SCALES = 4 / 64, 1 / 64 + 4 / 64 / 256  # bytes a 4-bit weight, for the scale of its block; with scales in 8 bits
 
 
 class State(NamedTuple):
@@ -24,58 +25,55 @@ class State(NamedTuple):
         return sum(self)
 
 
+class Counts(NamedTuple):
+    """Parameters of a model."""
+
+    total: int
+    trained: int
+    layers: int  # linear layers in 4 bits
+    packed: int  # parameters in them
+
+
+def counts(model: Model, config: Any) -> Counts:
+    """Parameters of the model that `config` describes, with its new adapter if it gets one."""
+    bare = skeleton(config)
+    total = sum(p.numel() for p in bare.parameters())
+    if (lora := model.lora) is None:
+        return Counts(total, total, 0, 0)
+    head: Any = bare.get_output_embeddings()  # type: ignore[operator]
+    linear = {name: m for name, m in bare.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    trained = sum(
+        lora.rank * (m.in_features + m.out_features) + lora.dora * m.out_features
+        for name, m in linear.items()
+        if lora.target_modules == "all-linear" or name.rsplit(".", 1)[-1] in lora.target_modules
+    )
+    packed = sum(m.weight.numel() for m in linear.values()) if model.quantization else 0
+    return Counts(total + trained, trained, len(linear) if packed else 0, packed)
+
+
 def state(settings: Settings, config: Any, placement: Placement, shards: int, reference: str | None) -> State:
     """Memory of weights, gradients, optimizer and a `copy` reference; `config` is the model's."""
-    model = skeleton(config)
-    frozen_dtype, trained_dtype = (_bytes(dtype) for dtype in (placement.compute, placement.trained))
-    whole = sum(p.numel() for p in model.parameters())
-    if settings.model.lora is None:
-        trained, frozen_bytes = float(whole), 0.0
-    else:
-        trained = sum(
-            settings.model.lora.rank * (m.in_features + m.out_features) for m in _targets(model, settings.model)
-        )
-        frozen_bytes = _frozen_bytes(model, whole, settings.model, frozen_dtype)
-    copy_dtype = trained_dtype if placement.autocast else frozen_dtype
-    copy = frozen_bytes if settings.model.lora is not None else whole * copy_dtype
-    moments = 2 if settings.optimizer.name == "paged_adamw_8bit" else 2 * trained_dtype
-    parts = (
-        trained * trained_dtype + frozen_bytes,
-        trained * trained_dtype,
-        trained * moments,
-        copy if reference == "copy" else 0.0,
+    model = settings.model
+    number = counts(model, config)
+    follows = reference == "adapter" and settings.reference is not None and settings.reference.sync_every_n_steps
+    compute, trained_dtype = placement.compute.itemsize, placement.trained.itemsize
+    trained = number.trained * trained_dtype / shards
+    frozen = (number.total - number.trained - number.packed) * compute + number.packed / 2
+    base = frozen / shards + number.packed * _SCALES[model.double_quantization]  # scales are not shared out
+    copy = (
+        base if model.lora is not None else number.total * (trained_dtype if placement.autocast else compute) / shards
     )
-    return State(*(part / shards for part in parts))
+    eight_bits = settings.optimizer.name == "paged_adamw_8bit" and placement.mesh is None
+    return State(
+        weights=base + trained + (trained if follows else 0.0),
+        gradients=trained,
+        optimizer=number.trained * (2 if eight_bits else 2 * trained_dtype) / shards,
+        reference=copy if reference == "copy" else 0.0,
+    )
 
 
 def device_memory(device: torch.device) -> int:
     """Bytes of a CUDA device's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _targets(model: nn.Module, settings: Model) -> list[Any]:
-    assert settings.lora is not None
-    wanted = settings.lora.target_modules
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    return [
-        module
-        for name, module in linear.items()
-        if module is not head and (wanted == "all-linear" or name.rsplit(".", 1)[-1] in wanted)
-    ]
-
-
-def _frozen_bytes(model: nn.Module, whole: int, settings: Model, dtype: int) -> float:
-    if not settings.quantization:
-        return whole * dtype
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    return linear * _NF4[settings.double_quantization] + (whole - linear) * dtype
-
-
-def _bytes(dtype: torch.dtype) -> int:
-    return torch.empty(0, dtype=dtype).element_size()
