@@ -201,16 +201,13 @@ def plan() -> Sweep | None:
         sweeper = cfg.hydra.sweeper
         params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         overrides = OverridesParser.create(loader).parse_overrides([*params, *cfg.hydra.overrides.task])
-        values = {override.get_key_element(): _values(override) for override in overrides}
         keys = {override.get_key_element() for override in overrides if override.is_sweep_override()}
         keys |= {str(key) for key in sweeper.get("params") or {}}
         grid = sweeper._target_.endswith(".BasicSweeper")
-        length = max(
-            map(len, values.values()), default=1
-        )  # of a sampler's space: every value, but not with every other
-        rows = product(*values.values()) if grid else ([v[i % len(v)] for v in values.values()] for i in range(length))
-        jobs = [[f"{key}={value}" for key, value in zip(values, row, strict=True)] for row in rows]
+        jobs = _jobs(overrides, grid)
         settings = [parse(as_dict(hydra.compose("train", job_overrides))) for job_overrides in jobs]
+        if any(job_settings.resume not in (None, "auto") for job_settings in settings):
+            raise UserError("resume=CHECKPOINT is for a single run. The jobs of a sweep go on by themselves.")
         sweep = Sweep(Path(cfg.hydra.sweep.dir), frozenset(keys))
     # as a job reckons it, it would depend on what varies
     sys.argv.append(f"hydra.sweep.dir={QuotedString(str(sweep.folder), Quote.single).with_quotes()}")
@@ -219,6 +216,15 @@ def plan() -> Sweep | None:
     if grid and not cfg.dry_run:
         sweep.expect(_varied(job_overrides, sweep) for job_overrides in jobs)
     return sweep
+
+
+def _jobs(overrides: Sequence[Override], grid: bool) -> list[list[str]]:
+    """The overrides of each job of a grid. Of a sampler's space, so many that every value occurs, but not with every
+    value of the other keys."""
+    values = {override.get_key_element(): _values(override) for override in overrides}
+    length = max(map(len, values.values()), default=1)
+    rows = product(*values.values()) if grid else ([v[i % len(v)] for v in values.values()] for i in range(length))
+    return [[f"{key}={value}" for key, value in zip(values, row, strict=True)] for row in rows]
 
 
 def _values(override: Override) -> list[str]:

@@ -153,10 +153,11 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path, capsys):
     threads[0].start()
     assert begun.wait(10)
     threads[1].start()
-    said = ""
-    while "another process is at it" not in said:
+    said, end = "", time.monotonic() + 10
+    while "another process is at it" not in said and time.monotonic() < end:
         said += capsys.readouterr().err
         time.sleep(0.01)
+    assert "another process is at it" in said
     go_on.set()
     for thread in threads:
         thread.join()
@@ -266,9 +267,9 @@ CHOICE = types.SimpleNamespace(**json.loads(sys.argv.pop(1)))
 run = types.ModuleType("zephyr.run")
 run.chosen = lambda settings: CHOICE
 run.run = lambda settings, config: print("in this process", config["output_dir"])
-estimate = types.ModuleType("zephyr.estimate")
-sys.modules |= {"zephyr.run": run, "zephyr.estimate": estimate}
-estimate.report = lambda settings: f"takes {settings.objective.beta} hours"
+dry_run = types.ModuleType("zephyr.dry_run")
+sys.modules |= {"zephyr.run": run, "zephyr.dry_run": dry_run}
+dry_run.report = lambda settings: f"takes {settings.objective.beta} hours"
 
 
 def launch(config, processes):
@@ -435,6 +436,7 @@ def test_a_dry_run_of_a_sweep_leaves_nothing(tmp_path):
         (["stage=dpo", "sweep=handbook", "objective=sigmoid,ipo"], "Unknown objective 'ipo'"),
         (["sweep=hanbook"], "Unknown sweep 'hanbook'. Choose one of: handbook, optuna, slurm. Did you mean 'handbook'?"),
         (["-m", "seed=1,2", "--config-dir=conf"], "A sweep takes no other flag than -m."),
+        (["-m", "seed=1,2", "resume=x/checkpoints/step-00000002"], "resume=CHECKPOINT is for a single run"),
         (["stage=dpo", "sweep=slurm", "objective.beta=0.1,0.2"], "There is no srun here"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -40,7 +40,7 @@ def counts(model: Model, config: Any) -> Counts:
     total = sum(p.numel() for p in bare.parameters())
     if (lora := model.lora) is None:
         return Counts(total, total, 0, 0)
-    head: Any = bare.get_output_embeddings()  # type: ignore[operator]
+    head: Any = bare.get_output_embeddings()
     linear = {name: m for name, m in bare.named_modules() if isinstance(m, nn.Linear) and m is not head}
     trained = sum(
         lora.rank * (m.in_features + m.out_features) + lora.dora * m.out_features

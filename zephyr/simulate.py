@@ -49,7 +49,7 @@ class Peak(NamedTuple):
     reference: float
     activations: float
     logits: float  # of the chunk of scored tokens at hand
-    casts: float  # weights in the dtype of the products: autocast keeps them for the whole step
+    casts: float  # by autocast: weights in the dtype of the products; kept for the backward pass unless recomputed
     gathered: float  # by FSDP: layers in full, and what their gradients are summed in
 
     @property
@@ -85,7 +85,8 @@ def peak(run: Run, whole: bool = False) -> Peak:
 
 
 def _equal_layers(config: Any) -> bool:
-    shapes = {tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in skeleton(config).model.layers}
+    layers = skeleton(config).get_decoder().layers
+    shapes = {tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}
     return len(shapes) == 1 and len(set(getattr(config, "layer_types", None) or [])) <= 1
 
 
@@ -110,7 +111,7 @@ def _moments(run: Run, layers: int) -> dict[Hashable, Peak]:
                 reference = Copy(frozen)
             elif run.reference == "adapter":
                 reference = AdapterOff(follows)
-            parts = (fake.from_tensor(part) if isinstance(part, Tensor) else part for part in run.batch)
+            parts: Any = (fake.from_tensor(part) if isinstance(part, Tensor) else part for part in run.batch)
             _step(_task(run.settings, policy, reference), Batch(*parts), run.micro_batches, placement, ledger)
     return ledger.moments
 
@@ -233,6 +234,7 @@ def _step(task: Task, batch: Batch, micro_batches: int, placement: Placement, le
             ledger.begin("forward")
             loss, _ = task.loss(batch)
             loss.backward()
+        ledger.begin("update")  # in place, but of all gradients at once
 
 
 def _find_scales(layer: Any) -> None:
@@ -265,7 +267,7 @@ class _Ledger(TorchDispatchMode):
     """Bytes of all storages alive, by what they are for, and the most that each moment saw."""
 
     def __init__(self, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moments: dict[Hashable, Peak] = {}
         self._vocabulary = vocabulary
         self._alive: dict[int, tuple[Any, int, str]] = {}  # storage -> weak reference, bytes, label
@@ -363,7 +365,7 @@ class _Ledger(TorchDispatchMode):
     def _look(self, scratch: int = 0) -> None:
         moment = self._passes, *self._moment
         if self._passes == 0:
-            return  # being built
+            return  # the model is being built
         if self._bytes.total() + scratch > self.moments.get(moment, _NOTHING).total:
             found = Peak(*(float(self._bytes[label]) for label in Peak._fields))
             self.moments[moment] = found._replace(logits=found.logits + scratch)

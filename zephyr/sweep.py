@@ -288,7 +288,9 @@ def _plot(rows: list[_Row], path: Path) -> bool:
         panel.set_xlabel(key)
     axes[0].set_ylabel(metric)
     if not panels:
-        axes[0].barh(*zip(*((row.job.name, row.figures["metric"]) for row in reversed(rows)), strict=True))
+        axes[0].barh(
+            *zip(*((row.job.name, row.figures["metric"]) for row in rows[::-1]), strict=True), color=_COLOURS[0]
+        )
         axes[0].set(xlabel=metric, ylabel="")
     for panel in axes:
         panel.grid(color="0.92", linewidth=0.7)
