@@ -300,45 +300,6 @@ def test_four_bits_and_an_adapter_by_hand():
     assert numbers == (PARAMETERS + adapter, adapter, 224, LINEAR)
 
 
-SIMULATED = {
-    "full": ((), None, None),
-    "copy": (("trainer.precision=bf16-mixed",), None, "copy"),
-    "sharded copy": (("trainer.precision=bf16-mixed",), (4,), "copy"),
-    "DoRA": ((*LORA, "model.lora.dora=true"), None, "adapter"),
-    "a reference that follows": ((*LORA, "reference.sync_every_n_steps=2"), None, "adapter"),
-    "QLoRA": (("trainer=qlora",), None, "adapter"),
-    "copies of sharded QLoRA": (("trainer=qlora", "model.double_quantization=false"), (2, 2), "copy"),
-}
-
-
-@pytest.mark.parametrize("name", SIMULATED)
-def test_what_is_counted_is_what_the_simulation_holds(name):
-    overrides, mesh, reference = SIMULATED[name]
-    settings = parse(load("stage=dpo", *overrides))
-    config = tiny.model(hidden_size=128, intermediate_size=256, vocab_size=512).config
-    placement = Placement(torch.device("cpu"), settings.trainer.precision, mesh)  # type: ignore[arg-type]
-    counted = state(settings, config, placement, 1 if mesh is None else mesh[-1], reference)
-    found = peak(Run(settings, config, mesh, reference, batch_of("dpo", 128), 2))
-    assert found[:3] == pytest.approx([counted.weights, counted.gradients, counted.reference], rel=0.01)
-
-
-def main(wanted: str) -> None:
-    def show(name: str, guess: float, truth: float) -> None:
-        print(f"{name:48} {guess / 2**20:9.1f} {truth / 2**20:9.1f} {guess / truth - 1:+7.1%}", flush=True)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        model = base(folder / "model", layers=6, width=256, vocabulary=4096)
-        print(f"{'MiB at the peak of a step, by torch.profiler':48} predicted  measured")
-        for row in compare([name for name in CASES if wanted in name], model, 2048, folder):
-            show(*row)
-        model, small = base(folder / "large", 8, 768, 8192), base(folder / "small", 2, 64, 258)
-        print(f"{'MiB of a fresh process, by the kernel':48} predicted  measured")
-        for name in ("full, fp32", "full, bf16-mixed, checkpointing", "DPO, LoRA, adapter"):
-            if wanted in name:
-                show(name, predicted(CASES[name], model, 2048), grown(name, model, small, 2048))
-
-
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
