@@ -300,6 +300,23 @@ def test_four_bits_and_an_adapter_by_hand():
     assert numbers == (PARAMETERS + adapter, adapter, 224, LINEAR)
 
 
+def main(wanted: str) -> None:
+    def show(name: str, guess: float, truth: float) -> None:
+        print(f"{name:48} {guess / 2**20:9.1f} {truth / 2**20:9.1f} {guess / truth - 1:+7.1%}", flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = base(folder / "model", layers=6, width=256, vocabulary=4096)
+        print(f"{'MiB at the peak of a step, by torch.profiler':48} predicted  measured")
+        for row in compare([name for name in CASES if wanted in name], model, 2048, folder):
+            show(*row)
+        model, small = base(folder / "large", 8, 768, 8192), base(folder / "small", 2, 64, 258)
+        print(f"{'MiB of a fresh process, by the kernel':48} predicted  measured")
+        for name in ("full, fp32", "full, bf16-mixed, checkpointing", "DPO, LoRA, adapter"):
+            if wanted in name:
+                show(name, predicted(CASES[name], model, 2048), grown(name, model, small, 2048))
+
+
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
