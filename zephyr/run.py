@@ -130,7 +130,9 @@ def _run(settings: Settings, config: dict[str, Any], choice: Choice, placement: 
         summary = record.summary(settings, start, data, output, seconds=time.monotonic() - started)
         card = record.card(settings, start, revision, summary)
         export(task.policy, tokenizer, output / "model", card, state_dict=weights)
-        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        draft = output / "summary.json.tmp"
+        draft.write_text(json.dumps(summary, indent=2) + "\n")
+        draft.replace(output / "summary.json")  # by which a run is known to be finished
     _log.info("Model: %s. Plots: %s.", output / "model", ", ".join(map(str, plots)))
     return record.headline(summary["eval"])
 
