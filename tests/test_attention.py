@@ -7,9 +7,10 @@ from torch.testing import assert_close
 
 from tests import tiny
 from zephyr.data.batch import Pair, pack_pairs
-from zephyr.models.attention import SEGMENTS, segment_attention
+from zephyr.models.attention import SEGMENTS, Plan, segment_attention
 
 BATCH = pack_pairs([Pair([1] * 5, [2] * 4, [3] * 6), Pair([4] * 3, [5] * 7, [6] * 1)])
+PLAN = Plan(BATCH.segments, len(BATCH.ids), torch.device("cpu"))
 
 
 def dense(query, key, value, batch, window):
@@ -33,7 +34,7 @@ def test_equals_a_dense_mask_in_value_and_gradient(window, kv_heads):
     shapes = [(1, 4, length, 8), (1, kv_heads, length, 8), (1, kv_heads, length, 8)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     upstream = torch.randn(1, length, 4, 8, dtype=torch.float64)
-    ours, _ = segment_attention(None, *inputs, None, segments=BATCH.segments, sliding_window=window)
+    ours, _ = segment_attention(None, *inputs, None, plan=PLAN, sliding_window=window)
     truth = dense(*inputs, BATCH, window)
     assert_close(ours, truth)
     for mine, theirs in zip(
@@ -51,7 +52,7 @@ def test_nothing_leaks_between_examples_or_branches(checkpointing):
 
     def hidden(ids):
         out = model.model(
-            input_ids=ids[None], position_ids=BATCH.positions[None], segments=BATCH.segments, use_cache=False
+            input_ids=ids[None], position_ids=BATCH.positions[None], plan=PLAN, use_cache=False
         )
         return out.last_hidden_state[0]
 
@@ -64,6 +65,6 @@ def test_nothing_leaks_between_examples_or_branches(checkpointing):
         assert moved.nonzero().flatten().tolist() == [branch.start]
 
 
-def test_segments_are_required():
-    with pytest.raises(ValueError, match="segments"):
+def test_the_plan_is_required():
+    with pytest.raises(ValueError, match="plan"):
         segment_attention(None, *[torch.zeros(1, 1, 2, 2)] * 3, None)

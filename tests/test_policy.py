@@ -12,6 +12,7 @@ from tests.test_parity import ADAMW, random_pairs
 from zephyr.data.batch import pack_pairs
 from zephyr.dpo import DPO
 from zephyr.errors import UserError
+from zephyr.models import decoder
 from zephyr.models.logps import sequence_sums, token_logps
 from zephyr.models.policy import Placement, check_policy, load_policy
 from zephyr.models.reference import AdapterOff
@@ -52,14 +53,9 @@ def test_a_full_policy_is_the_saved_model_on_segment_attention(base):
 def test_activation_checkpointing_gives_the_same_gradients_and_is_really_on(base, monkeypatch):
     plain = gradients(load(base))
     calls = []
-    checkpoint = torch.utils.checkpoint.checkpoint
+    checkpoint = decoder.checkpoint
     policy = load(base, checkpointing="full")
-    counted = lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs)  # noqa: E731
-    for module in policy.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            monkeypatch.setattr(
-                module, "_gradient_checkpointing_func", lambda f, *a, **k: counted(f, *a, use_reentrant=False, **k)
-            )
+    monkeypatch.setattr(decoder, "checkpoint", lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
     for name, gradient in gradients(policy).items():
         assert_close(gradient, plain[name], rtol=1e-5, atol=1e-7)
     assert len(calls) == 2  # one a layer

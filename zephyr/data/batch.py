@@ -25,6 +25,14 @@ class Segment(NamedTuple):
     prefix_end: int
 
 
+class Tail(NamedTuple):
+    """The rows that a score is read from: all that the model's last layer has to compute, beside keys and values."""
+
+    rows: Tensor  # [R] row positions, ascending
+    segments: list[Segment]  # they tile these rows, and attend to what they attend to in the whole row
+    sources: Tensor  # [N] index into `rows` of the one that predicts the target
+
+
 class Batch(NamedTuple):
     """One packed row and the tokens of it that are scored. A Lightning batch is a list of these: one optimizer step."""
 
@@ -34,13 +42,17 @@ class Batch(NamedTuple):
     sources: Tensor  # [N] row position whose hidden state predicts the target
     targets: Tensor  # [N] token id to predict
     sequences: Tensor  # [N] sequence, in 0..S-1, that the target belongs to
+    tail: Tail
     examples: int  # conversations, or pairs (then S = 2 x pairs: the chosen ones first, then the rejected ones)
     reference: Tensor | None = None  # [S] precomputed log-probabilities of the sequences under the reference, in nats
 
     def to(self, device: torch.device) -> "Batch":
         """The same with its tensors on another device."""
-        moved: Any = {k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)}
-        return self._replace(**moved)
+        return self._replace(**_moved(self, device), tail=self.tail._replace(**_moved(self.tail, device)))
+
+
+def _moved(parts: Any, device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device, non_blocking=True) for k, v in parts._asdict().items() if isinstance(v, Tensor)}
 
 
 class Conversation(NamedTuple):
@@ -107,7 +119,29 @@ def _batch(
 ) -> Batch:
     tensors = (torch.tensor(column, dtype=torch.long) for column in (ids, positions, sources, targets, sequences))
     row, place, source, target, sequence = tensors
-    return Batch(row, place, segments, source, target, sequence, examples)
+    return Batch(row, place, segments, source, target, sequence, _tail(segments, source, len(ids)), examples)
+
+
+def _tail(segments: list[Segment], sources: Tensor, tokens: int) -> Tail:
+    """Of each segment the rows from the first source to the last; what comes before is only attended to.
+
+    Where nothing is scored, the first row stands for a result, so that every layer computes something.
+    """
+    if len(sources) == 0:
+        return Tail(torch.tensor([0]), [Segment(0, 1, 0, 0)], sources)
+    read = torch.zeros(tokens, dtype=torch.bool)
+    read[sources] = True
+    kept: list[Segment] = []
+    for start, end, prefix_start, prefix_end in segments:
+        found = read[start:end].nonzero()
+        if len(found):
+            first, last = start + int(found[0]), start + int(found[-1]) + 1
+            if prefix_start == prefix_end:
+                kept.append(Segment(first, last, start, first))
+            else:  # keys come in two pieces at most: the prefix, and what the segment holds from its start on
+                kept.append(Segment(start, last, prefix_start, prefix_end))
+    rows = torch.cat([torch.arange(first, last) for first, last, *_ in kept])
+    return Tail(rows, kept, torch.searchsorted(rows, sources))
 
 
 # What a rank computes while others have one micro-batch more: collectives need every rank the same number of times.

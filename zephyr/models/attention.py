@@ -1,10 +1,19 @@
-"""Attention over the segments of a packed row, on an unmodified transformers model.
+"""Attention over the segments of a packed row.
 
 Each segment is ordinary causal attention: its tokens see the segment's prefix (the prompt of a branched pair) and
-each other. No dense [T, T] mask exists. Importing this module registers it with transformers as "segments".
+each other. No dense [T, T] mask exists. On CUDA all segments are one call of a variable-length flash kernel, whose
+keys are gathered so that a branch finds its prompt in front of it; elsewhere each segment is a call of torch's
+scaled-dot-product attention. Importing this module registers it with transformers as "segments".
+
+Letters: T tokens of the row, R rows that ask, H heads of queries, K heads of keys, E size of a head.
 """
 
+import inspect
+import logging
+from collections.abc import Callable
+from functools import cache, cached_property
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +23,91 @@ from transformers import AttentionInterface
 from zephyr.data.batch import Segment
 
 SEGMENTS = "segments"
+_log = logging.getLogger(__name__)
+
+
+class Gather(NamedTuple):
+    """What a variable-length kernel wants to know of the segments."""
+
+    keys: Tensor  # [M] row positions of every segment's keys, prefix first
+    query_starts: Tensor  # [segments + 1], int32
+    key_starts: Tensor  # [segments + 1], int32
+    most_queries: int
+    most_keys: int
+
+
+class Plan:
+    """The segments of one forward pass, and what its layers share: masks, or indices.
+
+    The segments' own tokens are the rows that ask, in order; keys are those of the whole row.
+    """
+
+    def __init__(self, segments: list[Segment], tokens: int, device: torch.device) -> None:
+        self.segments, self.device = segments, device
+        edges = {0, tokens, *(edge for segment in segments for edge in segment)}
+        self.cuts = [after - before for before, after in pairwise(sorted(edges))]  # key pieces between all edges
+        piece_at, start = {}, 0
+        for index, length in enumerate(self.cuts):
+            piece_at[start] = index
+            start += length
+        self.pieces = [
+            [*_covering(piece_at, self.cuts, s.prefix_start, s.prefix_end), *_covering(piece_at, self.cuts, *s[:2])]
+            for s in segments
+        ]
+        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = {}
+
+    def mask(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What is added to a segment's scores, [queries, keys]; None where plain causal attention is the same."""
+        key = index, window, dtype
+        if key not in self._masks:
+            start, end, prefix_start, prefix_end = self.segments[index]
+            queries, keys = end - start, end - start + prefix_end - prefix_start
+            causal = queries == keys and (window is None or keys <= window)
+            self._masks[key] = None if causal else _mask(queries, keys, window, dtype, self.device)
+        return self._masks[key]
+
+    @cached_property
+    def gather(self) -> Gather:
+        """The segments for a variable-length kernel."""
+        rows = [torch.arange(a, b) for s in self.segments for a, b in ((s[2], s[3]), (s[0], s[1]))]
+        queries = [s.end - s.start for s in self.segments]
+        keys = [s.end - s.start + s.prefix_end - s.prefix_start for s in self.segments]
+        starts = [torch.tensor([0, *counts]).cumsum(0).int() for counts in (queries, keys)]
+        sent = [_sent(x, self.device) for x in (torch.cat(rows), *starts)]
+        return Gather(sent[0], sent[1], sent[2], max(queries), max(keys))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    scale: float,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of the plan's segments: query [R, H, E], key and value [T, K, E] -> [R, H, E].
+
+    `window` is the number of tokens, itself included, that a token may look back on.
+    """
+    if query.is_cuda and query.dtype != torch.float32 and (kernel := flash_kernel()) is not None:
+        g = plan.gather
+        window = None if window is None or g.most_keys <= window else window
+        return kernel(query, key[g.keys], value[g.keys], g, scale, window, dropout)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # One split, because its backward is one concatenation; a slice's is a zero-filled copy of the whole row.
+    keys, values = key.split(plan.cuts), value.split(plan.cuts)
+    outputs = []
+    for index, q in enumerate(query.split([s.end - s.start for s in plan.segments])):
+        k, v = (torch.cat([side[i] for i in plan.pieces[index]]) for side in (keys, values))
+        mask = plan.mask(index, window, q.dtype)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        options: dict[str, Any] = {"scale": scale, "dropout_p": dropout}
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+        outputs.append(o[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def segment_attention(
@@ -25,53 +119,78 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    segments: list[Segment] | None = None,
+    plan: Plan | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D].
-
-    `sliding_window` is the number of tokens, itself included, that a token may look back on.
-    """
-    if segments is None:
-        raise ValueError("attention over segments needs the batch's segments")
+    """The same as transformers calls it: query [1, H, T, E], key and value [1, K, T, E] -> [1, T, H, E]."""
+    if plan is None:
+        raise ValueError("attention over segments needs the plan of the batch's segments")
     changed = [name for name in ("softcap", "s_aux") if others.get(name) is not None]
     if changed:
         raise ValueError(f"attention over segments does not do {', '.join(changed)}, which this model asks for")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(q, k, v, plan, scale, sliding_window, dropout)[None], None
 
-    # One split, because its backward is one concatenation; a slice's is a zero-filled copy of the whole row.
-    cuts = _cuts(segments)
-    keys, values = key.split(cuts, 2), value.split(cuts, 2)
-    queries = query.split([segment.end - segment.start for segment in segments], 2)
-    piece_at = {start: index for index, start in enumerate(_starts(cuts))}
 
-    outputs = []
-    for segment, q in zip(segments, queries, strict=True):
-        pieces = [*_covering(piece_at, cuts, segment.prefix_start, segment.prefix_end)]
-        pieces += _covering(piece_at, cuts, segment.start, segment.end)
-        k = torch.cat([keys[i] for i in pieces], 2)
-        v = torch.cat([values[i] for i in pieces], 2)
-        causal = q.shape[2] == k.shape[2] and (sliding_window is None or k.shape[2] <= sliding_window)
-        mask = None if causal else _mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        outputs.append(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, dropout_p=dropout)
+Kernel = Callable[[Tensor, Tensor, Tensor, Gather, float, int | None, float], Tensor]
+
+
+@cache
+def flash_kernel() -> Kernel | None:
+    """The variable-length flash kernel of this installation; says which, and when there is none."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            _log.warning("No variable-length flash attention here (torch or flash-attn): one call for each sequence.")
+            return None
+        _log.info("Attention: torch's variable-length flash kernel.")
+        return _torch_kernel(varlen_attn)
+    _log.info("Attention: flash-attn's variable-length kernel.")
+
+    def flash(
+        query: Tensor, key: Tensor, value: Tensor, g: Gather, scale: float, window: int | None, dropout: float
+    ) -> Tensor:
+        back = -1 if window is None else window - 1
+        where = g.query_starts, g.key_starts, g.most_queries, g.most_keys
+        result: Tensor = flash_attn_varlen_func(
+            query, key, value, *where, dropout, scale, causal=True, window_size=(back, 0 if window else -1)
         )
-    return torch.cat(outputs, 2).transpose(1, 2), None
+        return result
+
+    return flash
 
 
-def _cuts(segments: list[Segment]) -> list[int]:
-    """Lengths of the pieces into which the row is cut: at every segment and at every prefix's end."""
-    edges = sorted({edge for segment in segments for edge in (*segment[:2], *segment[2:])})
-    return [after - before for before, after in pairwise(edges)]
+def _torch_kernel(varlen_attn: Any) -> Kernel:
+    """torch's kernel, whose signature differs from version to version."""
+    accepted = inspect.signature(varlen_attn).parameters
 
+    def kernel(
+        query: Tensor, key: Tensor, value: Tensor, g: Gather, scale: float, window: int | None, dropout: float
+    ) -> Tensor:
+        options: dict[str, Any] = {"scale": scale}
+        if "window_size" in accepted:
+            options["window_size"] = (-1 if window is None else window - 1, 0)
+        elif window is None:
+            options["is_causal"] = True
+        else:
+            raise RuntimeError("this torch has no sliding window in its variable-length attention; take 2.12 or later")
+        if dropout:
+            raise RuntimeError("torch's variable-length attention has no dropout; set attention_dropout to 0")
+        groups = query.shape[1] // key.shape[1]
+        if "enable_gqa" in accepted:
+            options["enable_gqa"] = groups > 1
+        elif groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        result: Tensor = varlen_attn(
+            query, key, value, g.query_starts, g.key_starts, g.most_queries, g.most_keys, **options
+        )
+        return result
 
-def _starts(cuts: list[int]) -> list[int]:
-    starts = [0]
-    for length in cuts[:-1]:
-        starts.append(starts[-1] + length)
-    return starts
+    return kernel
 
 
 def _covering(piece_at: dict[int, int], cuts: list[int], start: int, end: int) -> list[int]:
@@ -82,10 +201,18 @@ def _covering(piece_at: dict[int, int], cuts: list[int], start: int, end: int) -
     return pieces
 
 
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query may look: causal, aligned at the bottom right, at most `window` tokens back."""
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask if window is None else mask.triu(keys - queries - window + 1)
+def _mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where a query may look, else -inf: causal, aligned at the bottom right, at most `window` tokens back."""
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(keys - queries - window)
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # or the host would wait for the device
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zephyr.data.batch import Batch
+from zephyr.models.attention import Plan
 
-CHUNK = 1024  # scored tokens whose logits exist at once: 131 MB in fp32 at 32,000 entries
+LOGITS = 2**26  # that exist at once: 256 MiB in fp32, 2,097 scored tokens at 32,000 entries
 
 
 class Scores(NamedTuple):
@@ -40,12 +41,13 @@ def score(core: Any, batch: Batch, collisions: bool = False) -> Scores:
         input_ids=batch.ids[None],
         position_ids=batch.positions[None],
         use_cache=False,
-        segments=batch.segments,
+        plan=Plan(batch.segments, len(batch.ids), batch.ids.device),
+        tail=batch.tail,
     ).last_hidden_state[0]
-    hidden = hidden[batch.sources]
+    hidden = hidden[batch.sources if len(hidden) == len(batch.ids) else batch.tail.sources]
     if torch.is_autocast_enabled(hidden.device.type):  # a custom function's backward runs outside autocast
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return Scores(*ChunkedLogProbs.apply(hidden, head.weight, batch.targets, CHUNK, collisions))  # type: ignore[no-untyped-call]
+    return Scores(*ChunkedLogProbs.apply(hidden, head.weight, batch.targets, LOGITS, collisions))  # type: ignore[no-untyped-call]
 
 
 def sequence_sums(token_values: Tensor, batch: Batch, sequences: int) -> Tensor:
@@ -59,29 +61,39 @@ def sequence_sums(token_values: Tensor, batch: Batch, sequences: int) -> Tensor:
 
 
 class ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], a chunk of rows at a time; the backward computes each chunk again.
+    """log softmax(hidden @ weight.T)[target], a chunk of rows at a time.
 
     hidden [N, D], weight [V, D], targets [N] -> [N], fp32, and with `collisions` the log of the sum of all squared
     probabilities, [N], without gradient. With p the softmax and g the gradient of the result, the
     logits' gradient is g (onehot(target) - p). Matrix products run in hidden's dtype, everything else in fp32.
+
+    There is one buffer, of `logits` entries at most. It is left holding exp(logits) of the last chunk, with which the
+    backward begins; it computes the other chunks again. So few rows cost three products of their size, and many
+    rows no more memory than few.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, collisions: bool = False
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logits: int, collisions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         weight_in_use = weight.to(hidden.dtype)
-        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
-        normalisers = torch.empty_like(logps)
+        count = max(1, -(-len(hidden) * len(weight) // logits))
+        rows_at_once = -(-len(hidden) // min(count, max(1, len(hidden))))
+        buffer = hidden.new_empty(rows_at_once, len(weight), dtype=torch.float32)
+        logps, shifts, sums = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         squares = torch.empty_like(logps) if collisions else None
-        for rows in _chunks(len(hidden), chunk):
-            logits = (hidden[rows] @ weight_in_use.T).float()
-            normalisers[rows] = logits.logsumexp(1)
-            logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - normalisers[rows]
+        chunks = _chunks(len(hidden), rows_at_once)
+        for rows in chunks:
+            scores = _products(hidden[rows], weight_in_use, buffer)
+            shifts[rows] = scores.amax(1)
+            logps[rows] = scores.gather(1, targets[rows, None]).squeeze(1) - shifts[rows]
+            sums[rows] = scores.sub_(shifts[rows, None]).exp_().sum(1)
             if squares is not None:
-                squares[rows] = logits.mul_(2).logsumexp(1) - 2 * normalisers[rows]
-        ctx.chunk = chunk
-        ctx.save_for_backward(hidden, weight, targets, normalisers)
+                squares[rows] = 2 * (torch.linalg.vector_norm(scores, dim=1) / sums[rows]).log()
+        logps -= sums.log()
+        ctx.chunks = chunks
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(hidden, weight, targets, shifts, sums, buffer)
         if squares is not None:
             ctx.mark_non_differentiable(squares)
         return logps, squares
@@ -89,23 +101,35 @@ class ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, targets, normalisers = ctx.saved_tensors
+        hidden, weight, targets, shifts, sums, buffer = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         weight_in_use = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Chunks add up in fp32 whatever the weights' dtype: rounding each partial sum would lose small gradients.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for rows in _chunks(len(hidden), ctx.chunk):
-            logits = (hidden[rows] @ weight_in_use.T).float()
-            grad_logits = logits.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows, None])
-            grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
-            grad_logits = grad_logits.to(hidden.dtype)
+        for rows in reversed(ctx.chunks):
+            powers = buffer[: rows.stop - rows.start]
+            if rows is not ctx.chunks[-1]:
+                _products(hidden[rows], weight_in_use, buffer).sub_(shifts[rows, None]).exp_()
+            powers.mul_((-grad[rows] / sums[rows])[:, None]).scatter_add_(1, targets[rows, None], grad[rows, None])
+            grad_logits = powers.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_in_use, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += (grad_logits.T @ hidden[rows]).float()
+                if hidden.dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits.T, hidden[rows])
+                else:
+                    grad_weight += grad_logits.T @ hidden[rows]
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
+def _products(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """hidden @ weight.T in fp32, in the buffer's first rows."""
+    rows = buffer[: len(hidden)]
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, weight.T, out=rows)
+    return rows.copy_(hidden @ weight.T)
+
+
 def _chunks(rows: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, max(1, chunk))]

@@ -5,7 +5,6 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,24 +12,17 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from zephyr.errors import UserError, reason
 from zephyr.models.adapters import add_reference, attach, check_quantised, check_targets, init_magnitudes
 from zephyr.models.attention import SEGMENTS
+from zephyr.models.decoder import Checkpointing, rewrite
 from zephyr.models.lineage import lineage
 from zephyr.models.sharding import load_rows, shard, weight_files
 from zephyr.settings import Lora, Model
 
-_aten = torch.ops.aten
-_PRODUCTS = {_aten.mm.default, _aten.bmm.default}
-_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,9 +87,8 @@ def load_policy(
         add_reference(policy)
     if model.quantization:
         check_quantised(policy)
-    if not frozen:
-        _save_memory(core, model.activation_checkpointing)
-    else:
+    save_memory(core, "none" if frozen else model.activation_checkpointing)
+    if frozen:
         policy.requires_grad_(False)
     if placement.compile:
         _compile(core)
@@ -160,20 +151,12 @@ def _compile(core: Any) -> None:
                 part.compile(dynamic=True)
 
 
-def _save_memory(core: Any, checkpointing: str) -> None:
+def save_memory(core: Any, checkpointing: Checkpointing) -> None:
     """Recompute activations in the backward pass."""
-    if checkpointing == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if checkpointing == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_kept, core.config.hidden_size))
-    core.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _kept(width: int, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Attention's results and those of products no wider than the model: costly to compute, cheap to keep."""
-    narrow = operation in _PRODUCTS and args[1].shape[-1] <= width
-    return CheckpointPolicy.MUST_SAVE if narrow or operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+    if not rewrite(core, checkpointing) and checkpointing != "none":
+        if checkpointing == "selective":
+            _log.info("Layers of %s can be checkpointed in full only; that is done.", type(core).__name__)
+        core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def check_policy(path: str, revision: str | None, lora: Lora | None = None) -> Any:
