@@ -3,7 +3,7 @@
 Nothing is estimated by formula: the policy, the reference, FSDP's gathering, checkpointing and the loss are those of
 the run, under torch's FakeTensorMode and, for sharded models, a process group that only pretends. Every storage is
 booked when it appears and when it goes. What kernels allocate for themselves is not seen, nor is the allocator's loss
-to fragments; the one scratch buffer that matters, logsumexp's, is added.
+to fragments.
 """
 
 import copy
@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zephyr.data.batch import Batch
 from zephyr.dpo import DPO
@@ -111,8 +111,8 @@ def _moments(run: Run, layers: int) -> dict[Hashable, Peak]:
                 reference = Copy(frozen)
             elif run.reference == "adapter":
                 reference = AdapterOff(follows)
-            parts: Any = (fake.from_tensor(part) if isinstance(part, Tensor) else part for part in run.batch)
-            _step(_task(run.settings, policy, reference), Batch(*parts), run.micro_batches, placement, ledger)
+            batch = tree_map_only(Tensor, fake.from_tensor, run.batch)
+            _step(_task(run.settings, policy, reference), batch, run.micro_batches, placement, ledger)
     return ledger.moments
 
 
@@ -340,8 +340,6 @@ class _Ledger(TorchDispatchMode):
         for result in tree_leaves(results):
             if isinstance(result, FakeTensor) and (storage := result.untyped_storage())._cdata not in self._alive:
                 self._book(storage, self._label or self._purpose(func, args, result))
-        if func is torch.ops.aten.logsumexp.default:  # its exponentials
-            self._look(scratch=args[0].nbytes)
         return results
 
     def _purpose(self, func: Any, args: Any, result: Tensor) -> str:
@@ -361,10 +359,9 @@ class _Ledger(TorchDispatchMode):
         _, size, label = self._alive.pop(key)
         self._bytes[label] -= size
 
-    def _look(self, scratch: int = 0) -> None:
+    def _look(self) -> None:
         moment = self._passes, *self._moment
         if self._passes == 0:
             return  # the model is being built
-        if self._bytes.total() + scratch > self.moments.get(moment, _NOTHING).total:
-            found = Peak(*(float(self._bytes[label]) for label in Peak._fields))
-            self.moments[moment] = found._replace(logits=found.logits + scratch)
+        if self._bytes.total() > self.moments.get(moment, _NOTHING).total:
+            self.moments[moment] = Peak(*(float(self._bytes[label]) for label in Peak._fields))
