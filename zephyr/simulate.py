@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from zephyr.data.batch import Batch
 from zephyr.dpo import DPO
 from zephyr.models.adapters import add_reference, attach, in_four_bits
-from zephyr.models.policy import Placement, save_memory, skeleton
+from zephyr.models.policy import Placement, prepare, skeleton
 from zephyr.models.reference import AdapterOff, Copy, Precomputed, Reference
 from zephyr.models.sharding import shard
 from zephyr.objectives import REFERENCE_FREE
@@ -164,7 +164,7 @@ def _furnish(policy: Any, model: Model | None, placement: Placement, ledger: "_L
     core = policy.get_base_model() if hasattr(policy, "peft_config") else policy
     with ledger.booking(label):
         _fill(policy, placement.compute)
-        save_memory(core, "none" if model is None else model.activation_checkpointing)
+        prepare(core, "none" if model is None else model.activation_checkpointing)
         if placement.mesh is not None:
             mixed = placement.compute if placement.precision == "bf16-mixed" else None
             shard(core, placement.mesh, mixed, cpu_offload=False)

@@ -10,7 +10,7 @@ nothing is predicted from inside a prompt, whose keys and values alone are neede
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -22,26 +22,47 @@ from zephyr.models.attention import Plan, attend
 from zephyr.models.functions import recomputed, rms_norm, rotate, swiglu
 
 Checkpointing = Literal["none", "selective", "full"]
+Again = Callable[[Tensor, Callable[[], Tensor]], AbstractContextManager[Any]]
+Half = Callable[..., Any]
 # norm, attention with rotary positions, norm, gated SiLU; biases and adapters are the projections' own affair
 _BUILT_SO = {"MistralDecoderLayer", "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 
 
-def rewrite(core: Any, checkpointing: Checkpointing = "none") -> bool:
+def _kept(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+@cache
+def _compiled(half: Half) -> Half:
+    # Every length is one graph, but there are several: with gradient and without, first layer, others, last.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    torch.fx.experimental._config.use_duck_shape = False  # a row as long as a head is wide is a coincidence
+    return torch.compile(half, dynamic=True)
+
+
+def rewrite(core: Any, checkpointing: Checkpointing = "none", compiled: bool = False) -> bool:
     """Let the layers of a causal LM compute packed rows as written here; False if they are built otherwise.
 
     For the backward pass of training, "selective" computes again what is elementwise: the norms' and the gate's
-    results, a third of what a layer keeps, at no product's cost. "full" computes again the whole layer.
+    results, a third of what a layer keeps, at no product's cost. "full" computes again the whole layer. `compiled`
+    hands what lies before and behind attention to torch.compile, which then decides itself what to keep.
     """
     layers = core.get_decoder().layers
     if any(type(layer).__name__ not in _BUILT_SO for layer in layers) or core.config.hidden_act != "silu":
         return False
+    again = recomputed if checkpointing == "selective" and not compiled else _kept
+    halves = (
+        (_compiled(before), _compiled(behind))
+        if compiled
+        else (partial(before, again=again), partial(behind, again=again))
+    )
     for layer in layers:
-        layer.forward = partial(_forward, layer, layer is layers[-1], checkpointing)
+        layer.forward = partial(_forward, layer, layer is layers[-1], checkpointing == "full", *halves)
     return True
 
 
 def _forward(
-    layer: Any, last: bool, checkpointing: Checkpointing, hidden: Tensor, *args: Any, **options: Any
+    layer: Any, last: bool, whole: bool, first: Half, second: Half, hidden: Tensor, *args: Any, **options: Any
 ) -> Tensor:
     plan: Plan | None = options.get("plan")
     if plan is None:  # it generates
@@ -51,40 +72,39 @@ def _forward(
     if tail is not None:
         plan = Plan(tail.segments, hidden.shape[1], hidden.device)
     cosines, sines = (x[0, :, : x.shape[-1] // 2] for x in options["position_embeddings"])
-    inputs = layer, hidden[0], cosines, sines, plan, tail
-    if not (layer.training and torch.is_grad_enabled()) or checkpointing == "none":
-        return decoder_layer(*inputs)[None]
-    if checkpointing == "selective":
-        return decoder_layer(*inputs, recomputed)[None]
-    whole: Tensor = checkpoint(decoder_layer, *inputs, use_reentrant=False)
-    return whole[None]
+
+    def compute(x: Tensor) -> Tensor:
+        x, q, k, v = first(layer, x, cosines, sines, None if tail is None else tail.rows)
+        own = layer.self_attn
+        dropout = own.attention_dropout if layer.training else 0.0
+        return second(layer, x, attend(q, k, v, plan, own.scaling, _window(own), dropout))
+
+    if whole and layer.training and torch.is_grad_enabled():
+        return checkpoint(compute, hidden[0], use_reentrant=False)[None]
+    return compute(hidden[0])[None]
 
 
-def decoder_layer(
-    layer: Any,
-    x: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    plan: Plan,
-    tail: Tail | None = None,
-    again: Callable[[Tensor, Callable[[], Tensor]], AbstractContextManager[Any]] = lambda *_: nullcontext(),
-) -> Tensor:
-    """One layer: x [T, D] -> [T, D], or with a `tail` the rows [R, D] that it names; the plan is then the tail's.
+def before(
+    layer: Any, x: Tensor, cosines: Tensor, sines: Tensor, rows: Tensor | None, again: Again = _kept
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a layer, what comes before attention: x [T, D] -> x itself, queries [T, H, E], keys and values [T, K, E].
 
-    `again(tensor, make)` is entered where operations would keep that tensor, which `make` can compute again.
+    With `rows` [R], x and the queries are those rows' alone. `again(tensor, make)` is entered where operations would
+    keep a tensor that `make` can compute again.
     """
-    own, mlp = layer.self_attn, layer.mlp
+    own = layer.self_attn
     n = _norm(layer.input_layernorm, x)
     with again(n, partial(_norm, layer.input_layernorm, x)):
-        k, v = _heads(own, "k", n), _heads(own, "v", n)
-        q = _heads(own, "q", n if tail is None else n[tail.rows])
-    k = rotate(k, cosines, sines)
-    if tail is not None:
-        x, cosines, sines = x[tail.rows], cosines[tail.rows], sines[tail.rows]
-    q = rotate(q, cosines, sines)
-    dropout = own.attention_dropout if layer.training else 0.0
-    x = x + own.o_proj(attend(q, k, v, plan, own.scaling, _window(own), dropout).flatten(1))
+        keys, values = rotate(_heads(own, "k", n), cosines, sines), _heads(own, "v", n)
+        if rows is None:
+            return x, rotate(_heads(own, "q", n), cosines, sines), keys, values
+        return x[rows], rotate(_heads(own, "q", n[rows]), cosines[rows], sines[rows]), keys, values
 
+
+def behind(layer: Any, x: Tensor, attended: Tensor, again: Again = _kept) -> Tensor:
+    """Of a layer, what comes behind attention: x [R, D] and attended [R, H, E] -> [R, D]."""
+    mlp = layer.mlp
+    x = x + layer.self_attn.o_proj(attended.flatten(1))
     n = _norm(layer.post_attention_layernorm, x)
     with again(n, partial(_norm, layer.post_attention_layernorm, x)):
         gate, up = mlp.gate_proj(n), mlp.up_proj(n)

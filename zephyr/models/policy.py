@@ -87,11 +87,9 @@ def load_policy(
         add_reference(policy)
     if model.quantization:
         check_quantised(policy)
-    save_memory(core, "none" if frozen else model.activation_checkpointing)
+    prepare(core, "none" if frozen else model.activation_checkpointing, placement.compile)
     if frozen:
         policy.requires_grad_(False)
-    if placement.compile:
-        _compile(core)
     if placement.mesh is None:
         policy.to(placement.device)
     else:
@@ -143,20 +141,21 @@ def _load(path: str, revision: str | None, model: Model, placement: Placement, d
     return core
 
 
-def _compile(core: Any) -> None:
-    """Compile each layer's parts but attention, whose segments differ from row to row: it would compile for each."""
-    for layer in core.get_decoder().layers:
-        for name, part in layer.named_children():
-            if "norm" in name or "att" not in name:
-                part.compile(dynamic=True)
-
-
-def save_memory(core: Any, checkpointing: Checkpointing) -> None:
-    """Recompute activations in the backward pass."""
-    if not rewrite(core, checkpointing) and checkpointing != "none":
-        if checkpointing == "selective":
-            _log.info("Layers of %s can be checkpointed in full only; that is done.", type(core).__name__)
+def prepare(core: Any, checkpointing: Checkpointing, compiled: bool = False) -> None:
+    """Set how the layers compute: what is computed again in the backward pass, and whether they are compiled."""
+    if rewrite(core, checkpointing, compiled):
+        return
+    kind = type(core).__name__
+    if checkpointing == "selective":
+        _log.info("Layers of %s can be checkpointed in full only; that is done.", kind)
+    if checkpointing != "none":
         core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiled:
+        _log.info("Layers of %s are compiled but for their attention.", kind)
+        for layer in core.get_decoder().layers:
+            for name, part in layer.named_children():
+                if "norm" in name or "att" not in name:
+                    part.compile(dynamic=True)
 
 
 def check_policy(path: str, revision: str | None, lora: Lora | None = None) -> Any:
