@@ -92,6 +92,11 @@ def nudge(model):
     return model
 
 
+def undo(policy):
+    """transformers' own layers again, around PEFT's own."""
+    assert sum(vars(module).pop("forward", None) is not None for module in policy.modules()) >= 3
+
+
 def distances(gradients, truth):
     """Relative L2 distance of each parameter's gradient."""
     assert gradients.keys() == truth.keys()
@@ -128,8 +133,7 @@ def test_an_adapter_in_fp32(folder, checkpointing):
     torch.manual_seed(0)
     policy = nudge(load_policy(str(folder), None, settings, place))
     loss, gradients = fast_step(policy, load_policy(str(folder), None, settings, place, frozen=True), PAIRS)
-    for layer in policy.get_base_model().get_decoder().layers:
-        del layer.forward  # transformers' own again, around the same adapter
+    undo(policy)
     policy.get_base_model().set_attn_implementation("eager")
     reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     truth, expected = plain_step(policy, reference, PAIRS)
@@ -146,8 +150,8 @@ def test_bf16_is_as_near_the_truth_as_the_plain_path(folder, precision, adapter)
     torch.manual_seed(0)
     policy = nudge(load_policy(str(folder), None, settings, place))
     loss, gradients = fast_step(policy, load_policy(str(folder), None, settings, place, frozen=True), PAIRS, precision)
-    for layer in (core := policy.get_base_model() if adapter else policy).get_decoder().layers:
-        del layer.forward
+    undo(policy)
+    core = policy.get_base_model() if adapter else policy
     core.set_attn_implementation("eager")
     reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=core.dtype)
     with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext():

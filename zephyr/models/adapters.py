@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from zephyr.errors import UserError, reason
+from zephyr.models import low_rank
 from zephyr.models.lineage import Lineage, commit
 from zephyr.models.sharding import whole
 from zephyr.settings import Lora
@@ -108,6 +110,7 @@ def attach(
     generator = torch.Generator().manual_seed(torch.initial_seed())
     stored = {} if start is None else _weights(start)
     for name, layer in _layers(model):
+        layer.forward = partial(low_rank.forward, layer)
         device = layer.get_base_layer().weight.device
         device = torch.device("cpu") if device.type == "meta" else device
         for adapter in layer.lora_A:

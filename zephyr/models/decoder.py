@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zephyr.data.batch import Tail
@@ -93,8 +93,9 @@ def before(
     keep a tensor that `make` can compute again.
     """
     own = layer.self_attn
-    n = _norm(layer.input_layernorm, x)
-    with again(n, partial(_norm, layer.input_layernorm, x)):
+    normed = partial(_norm, layer.input_layernorm, x, _product_dtype(x))
+    n = normed()
+    with again(n, normed):
         keys, values = rotate(_heads(own, "k", n), cosines, sines), _heads(own, "v", n)
         if rows is None:
             return x, rotate(_heads(own, "q", n), cosines, sines), keys, values
@@ -105,8 +106,9 @@ def behind(layer: Any, x: Tensor, attended: Tensor, again: Again = _kept) -> Ten
     """Of a layer, what comes behind attention: x [R, D] and attended [R, H, E] -> [R, D]."""
     mlp = layer.mlp
     x = x + layer.self_attn.o_proj(attended.flatten(1))
-    n = _norm(layer.post_attention_layernorm, x)
-    with again(n, partial(_norm, layer.post_attention_layernorm, x)):
+    normed = partial(_norm, layer.post_attention_layernorm, x, _product_dtype(x))
+    n = normed()
+    with again(n, normed):
         gate, up = mlp.gate_proj(n), mlp.up_proj(n)
     h = swiglu(gate, up)
     with again(h, partial(swiglu, gate, up)):
@@ -117,11 +119,17 @@ def _heads(attention: Any, name: str, n: Tensor) -> Tensor:
     """Queries, keys or values of n [T, D]: [T, heads, E]."""
     heads = getattr(attention, f"{name}_proj")(n).unflatten(-1, (-1, attention.head_dim))
     inner = getattr(attention, f"{name}_norm", None)  # Qwen3 norms each head of queries and keys
-    return heads if inner is None else _norm(inner, heads)
+    return heads if inner is None else _norm(inner, heads, heads.dtype)
 
 
-def _norm(module: nn.Module, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, module.variance_epsilon)  # type: ignore[arg-type]
+def _norm(module: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return rms_norm(x, module.weight, module.variance_epsilon).to(dtype)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which products take x. Autocast would cast it for each of them, and each would keep its own copy."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _window(attention: Any) -> int | None:
