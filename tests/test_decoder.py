@@ -3,19 +3,23 @@
 import contextlib
 import math
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tests import tiny
+from tests.test_task import ADAMW
 from zephyr.data.batch import IDLE, Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.dpo import DPO
 from zephyr.models import decoder, functions
 from zephyr.models.logps import token_logps
 from zephyr.models.policy import Placement, load_policy
-from zephyr.models.reference import Copy
+from zephyr.models.reference import AdapterOff, Copy
 from zephyr.objectives import Logps, preference_loss
 
 CPU = torch.device("cpu")
@@ -255,3 +259,38 @@ def test_selective_checkpointing_keeps_a_third_less(tmp_path):
     saved = 4 * (2 * 64 + 128) * (2 * len(batch.ids) + len(batch.tail.rows))
     assert kept["none"] - kept["selective"] > 0.9 * saved
     assert kept["full"] < 0.25 * kept["none"]
+
+
+@pytest.mark.parametrize("mode", ["copy", "adapter"])
+def test_a_step_waits_for_the_device_once(tmp_path, mode):
+    """Whatever reads a number from a tensor would, on a GPU, wait for all that is queued. A step does so at its end."""
+    AutoModelForCausalLM.from_config(KINDS["mistral"]).save_pretrained(tmp_path)
+    settings, place = tiny.model_settings(tiny.lora() if mode == "adapter" else None), Placement(CPU, "32-true")
+    policy = load_policy(str(tmp_path), None, settings, place)
+    reference = (
+        AdapterOff(False) if mode == "adapter" else Copy(load_policy(str(tmp_path), None, settings, place, frozen=True))
+    )
+    waits = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}:
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    task = DPO(policy, ADAMW, 4, 1.0, objective=tiny.objective(), reference=reference)
+    step, tolist = task.training_step, torch.Tensor.tolist
+
+    def watched(*args):
+        with Watch(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append("tolist") or tolist(tensor))
+            step(*args)
+
+    task.training_step = watched
+    steps = [[pack_pairs(PAIRS[:2]), pack_pairs(PAIRS[2:])]] * 2
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(task, DataLoader(steps, batch_size=None))
+    assert waits == ["tolist"] * len(steps)

@@ -26,9 +26,7 @@ from zephyr.models import adapters
 SequenceLogps = Callable[
     [Any, Batch], Tensor
 ]  # (model, batch) -> [2B] in nats: the chosen ones, then the rejected ones
-_CODE = [
-    Path(__file__).with_name(name) for name in ("attention.py", "logps.py", "policy.py", "adapters.py", "sharding.py")
-]
+_CODE = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
 
 
 class Copy(nn.Module):
