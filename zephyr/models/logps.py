@@ -77,12 +77,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logits: int, collisions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         weight_in_use = weight.to(hidden.dtype)
-        count = max(1, -(-len(hidden) * len(weight) // logits))
-        rows_at_once = -(-len(hidden) // min(count, max(1, len(hidden))))
+        chunks = _chunks(len(hidden), max(1, logits // len(weight)))
+        rows_at_once = chunks[0].stop if chunks else 0
         buffer = hidden.new_empty(rows_at_once, len(weight), dtype=torch.float32)
         logps, shifts, sums = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         squares = torch.empty_like(logps) if collisions else None
-        chunks = _chunks(len(hidden), rows_at_once)
         for rows in chunks:
             scores = _products(hidden[rows], weight_in_use, buffer)
             shifts[rows] = scores.amax(1)
@@ -131,5 +130,7 @@ def _products(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return rows.copy_(hidden @ weight.T)
 
 
-def _chunks(rows: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, max(1, chunk))]
+def _chunks(rows: int, most: int) -> list[slice]:
+    """All rows in as few chunks as can be, of nearly the same length, the first the longest."""
+    length = -(-rows // max(1, -(-rows // most)))
+    return [slice(start, min(start + length, rows)) for start in range(0, rows, max(1, length))]
