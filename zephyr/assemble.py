@@ -68,7 +68,8 @@ def build_task(
     common = (policy, settings.optimizer, data.total_steps, steps_per_epoch)
     if settings.objective is None:
         return SFT(*common)
-    reference = _reference(settings, start, placement, choice)
+    passes = data.total_steps * settings.data.batch_size / len(data.train.lengths)
+    reference = _reference(settings, start, placement, choice, passes)
     task = DPO(*common, objective=settings.objective, reference=reference, sync=settings.reference)
     if isinstance(reference, Precomputed):
         _precompute(settings, task, data, placement, start.fingerprint)
@@ -80,6 +81,7 @@ def _reference(
     start: Start,
     placement: Placement,
     choice: Choice,
+    passes: float,
 ) -> Reference | None:
     assert settings.objective is not None and settings.reference is not None
     if settings.objective.name in REFERENCE_FREE:
@@ -88,7 +90,7 @@ def _reference(
     mode: str = settings.reference.mode
     follows = bool(settings.reference.sync_every_n_steps)
     if mode == "auto":
-        mode, why = _cheapest(settings, start, placement, choice, follows)
+        mode, why = _cheapest(settings, start, placement, choice, follows, passes)
         _log.info("reference=%s: %s.", mode, why)
     if mode == "adapter":
         return AdapterOff(follows)
@@ -97,7 +99,11 @@ def _reference(
     return Copy(load_policy(start.path, start.revision, settings.model, placement, frozen=True))
 
 
-def _cheapest(settings: Settings, start: Start, placement: Placement, choice: Choice, follows: bool) -> tuple[str, str]:
+def _cheapest(
+    settings: Settings, start: Start, placement: Placement, choice: Choice, follows: bool, passes: float
+) -> tuple[str, str]:
+    if passes > 1 and not follows:
+        return "precomputed", f"each pair is met {passes:.3g} times, and compared with the same numbers each time"
     if settings.model.lora is not None:
         return "adapter", "the policy with its adapter off, no second set of weights"
     shards = 1 if placement.mesh is None else placement.mesh.size(-1)

@@ -1,4 +1,4 @@
-"""What a run would take: parameters, memory of each device by part, steps, tokens, hours. No weight is read."""
+"""What a run would take: parameters, memory of each device by part, steps, tokens, hours by part. No weight is read."""
 
 import math
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import MistralConfig
 
 from zephyr import demo
@@ -14,17 +15,17 @@ from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pac
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import load_tokenizer
 from zephyr.errors import UserError
-from zephyr.estimate import State, state
+from zephyr.estimate import State, counts, state
+from zephyr.gpus import GPUS
 from zephyr.models.lineage import lineage
 from zephyr.models.policy import Placement, read_config, skeleton
-from zephyr.objectives import REFERENCE_FREE
-from zephyr.observe.throughput import PEAK_TFLOPS, ModelSize, step_flops
+from zephyr.objectives import REFERENCE_FREE, STEPWISE
+from zephyr.observe.throughput import model_size
+from zephyr.scaling import Estimate, Examples, FullRows, Job, TypicalPairs, estimate, ultrafeedback
 from zephyr.settings import PreferenceData as PreferenceSettings
 from zephyr.settings import Settings, nearest
 from zephyr.simulate import Run, peak
 
-MFU = 0.4  # share of the peak that well-kept trainers of 7B models report; ours has not been measured on a GPU
-MEMORY_GIB = {"A100": 80, "H100 PCIe": 80, "H100 NVL": 94, "H100": 80, "H200": 141, "L40S": 48, "RTX 4090": 24}
 ROOM = 0.92  # of a GPU's memory that tensors can have: the rest is the context's and lost to fragments
 # The recipes' base models, so that their dry runs need no network.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -34,7 +35,9 @@ KNOWN: dict[str, dict[str, Any]] = {
     }
 }  # fmt: skip
 # Examples of the recipes' training data: pairs as published, packed rows as inferred from published logs.
-EXAMPLES = {"HuggingFaceH4/ultrafeedback_binarized": 61_135, "HuggingFaceH4/ultrachat_200k": 139_000}
+ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
+EXAMPLES = {ULTRAFEEDBACK: 61_135, "HuggingFaceH4/ultrachat_200k": 139_000}
+ON_DEVICE = ("activations", "logits", "casts", "gathered")  # parts that are there even if weights rest in the host
 
 
 class Work(NamedTuple):
@@ -42,28 +45,27 @@ class Work(NamedTuple):
 
     examples: int
     steps: int
-    tokens: float  # of the whole run
-    exactly: bool  # counted, not an upper bound
+    known: str  # "": counted; about: by published numbers; at most: an upper bound
 
 
 def report(settings: Settings) -> str:
     """The estimate as text. Raises UserError for an unknown GPU or model, or data that nobody can count."""
-    if settings.gpu not in MEMORY_GIB:
-        raise UserError(f"gpu={settings.gpu!r} is not known.{nearest(settings.gpu, MEMORY_GIB)} {_listed(MEMORY_GIB)}")
-    model = settings.model
+    if settings.gpu not in GPUS:
+        raise UserError(f"gpu={settings.gpu!r} is not known.{nearest(settings.gpu, GPUS)} {_listed(GPUS)}")
+    gpu, model, trainer = GPUS[settings.gpu], settings.model, settings.trainer
     name, revision = (model.base, model.base_revision) if model.path is None else (model.path, model.revision)
     path = demo.locate(name)
     data = _data(settings, path)
     config = model_config(path, revision)
-    devices = settings.trainer.devices
-    processes = (1 if devices == "auto" else devices) * settings.trainer.num_nodes
-    memory = MEMORY_GIB[settings.gpu] * 2**30
-    strategy = settings.trainer.strategy
+    processes = (1 if trainer.devices == "auto" else trainer.devices) * trainer.num_nodes
+    _check(settings, processes)
+    memory = gpu.memory * 2**30
+    strategy = trainer.strategy
     reference = _reference(settings, "copy")
     if strategy == "auto":
         whole = _memory(settings, config, 1, None, reference)
         strategy = "fsdp" if processes > 1 and sum(whole.values()) > ROOM * memory else "ddp"
-    replicas = settings.trainer.replicas or settings.trainer.num_nodes
+    replicas = trainer.replicas or trainer.num_nodes
     shards = processes // replicas if strategy == "fsdp" else 1
     mesh = (processes,) if strategy == "fsdp" else None
     parts = _memory(settings, config, shards, mesh, reference)
@@ -72,30 +74,72 @@ def report(settings: Settings) -> str:
     if free and sum(parts.values()) > ROOM * memory:
         reference = "precomputed"
         parts = _memory(settings, config, shards, mesh, reference)
+    offloaded = {}
+    if trainer.cpu_offload and strategy == "fsdp":
+        offloaded = {part: size for part, size in parts.items() if part not in ON_DEVICE}
+        parts = {part: size for part, size in parts.items() if part in ON_DEVICE}
     total = sum(parts.values())
-    work = _work(settings, data)
-    flops = _flops(settings, config, work, live=reference in ("copy", "adapter"))
-    hours = flops / (processes * PEAK_TFLOPS[settings.gpu] * 1e12 * MFU) / 3600
+    job = make_job(settings, config, processes, replicas if strategy == "fsdp" else None, reference)
+    work, examples = _work(settings, data)
+    found = estimate(job, examples, settings.data.batch_size, settings.data.micro_batch_tokens, settings.seed)
     count = sum(p.numel() for p in skeleton(config).parameters())
     lora = model.lora
     how = "one device" if processes == 1 and strategy != "fsdp" else f"{strategy} on {processes} devices"
     lines = [
-        f"{settings.stage.upper()} of {name}, {how}, {settings.trainer.precision}"
-        + (" (trainer.devices=auto is taken as 1 here)" if devices == "auto" else ""),
+        f"{settings.stage.upper()} of {name}, {how}, {trainer.precision}"
+        + (" (trainer.devices=auto is taken as 1 here)" if trainer.devices == "auto" else ""),
         f"parameters    {count:,}" + (f", frozen under an adapter of rank {lora.rank}" if lora else ""),
         *([f"reference     {reference or 'none'}"] if settings.objective else []),
         "memory of each device",
         *(f"  {name:<12}{size / 2**30:>9.2f} GiB" for name, size in parts.items() if size),
-        f"  {'peak':<12}{total / 2**30:>9.2f} GiB of the {MEMORY_GIB[settings.gpu]} of a {settings.gpu}: "
+        f"  {'peak':<12}{total / 2**30:>9.2f} GiB of the {gpu.memory:g} of a {settings.gpu}: "
         + ("it fits" if total <= ROOM * memory else "it does not fit"),
+        *([f"  {'in the host':<12}{sum(offloaded.values()) / 2**30:>9.2f} GiB"] if offloaded else []),
         f"steps         {work.steps:,} of {settings.data.batch_size} "
         + ("pairs" if settings.objective else "packed sequences"),
-        f"tokens        {'' if work.exactly else 'at most '}{work.tokens:,.0f}"
-        + ("" if work.exactly else " (the data is not here: max_length times the published number of examples)"),
-        f"time          {'' if work.exactly else 'at most '}{hours:,.2f} hours on {processes} {settings.gpu} "
-        f"at {MFU:.0%} of its peak, {flops:.3g} FLOPs",
+        *_time(settings, job, work, found, data, reference == "precomputed"),
     ]
     return "\n".join(lines)
+
+
+def _time(
+    settings: Settings, job: Job, work: Work, found: Estimate, data: DataModule | None, precomputed: bool
+) -> list[str]:
+    """Lines on tokens and hours, by part."""
+    tokens = work.steps * found.tokens
+    if data is not None:
+        tokens = sum(data.train.lengths) * work.steps * settings.data.batch_size / len(data.train.lengths)
+    before = found.forward * work.examples / settings.data.batch_size * precomputed
+    rate, mfu = found.rates(job)
+    known = f"{work.known} " if work.known else ""
+    why = {"": "", "about": " (by published numbers: the data is not here)", "at most": " (the data is not here)"}
+    seconds = work.steps * found.step.seconds + before
+    step = found.step
+    return [
+        f"tokens        {known}{tokens:,.0f}{why[work.known]}",
+        f"time          {known}{seconds / 3600:,.2f} hours on {job.processes} {settings.gpu}, validation and "
+        "checkpoints apart",
+        f"  a step      {_s(step.seconds)}: computing {_s(step.compute)}, waiting for the slowest {_s(step.waiting)}, "
+        f"communication not hidden {_s(step.communication)}, optimizer {_s(step.optimizer)}",
+        *([f"  before it   {before / 3600:.2f} hours for the reference's log-probabilities"] if before else []),
+        f"  a GPU       {rate:,.0f} tokens/s, {mfu:.0%} of its peak (MFU)",
+    ]
+
+
+def _s(seconds: float) -> str:
+    return f"{round(seconds, 6):.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _check(settings: Settings, processes: int) -> None:
+    """Raises UserError where so many processes could not start."""
+    if settings.data.batch_size < processes:
+        raise UserError(
+            f"data.batch_size={settings.data.batch_size} cannot be shared out to {processes} processes. "
+            "Raise it, or take fewer devices."
+        )
+    copies = settings.trainer.replicas or settings.trainer.num_nodes
+    if settings.trainer.strategy == "fsdp" and processes % copies:
+        raise UserError(f"trainer.replicas={copies} does not divide the {processes} processes.")
 
 
 def model_config(path: str, revision: str | None) -> Any:
@@ -140,32 +184,58 @@ def _fullest(settings: Settings) -> tuple[Batch, int]:
     return pack_conversations([Conversation([0] * data.max_length, [True] * data.max_length)] * count), count
 
 
-def _work(settings: Settings, data: DataModule | None) -> Work:
-    epochs, cap = settings.trainer.max_epochs, settings.trainer.max_steps
+def _work(settings: Settings, data: DataModule | None) -> tuple[Work, Examples]:
+    """How much there is to do, and examples to draw from."""
+    epochs, cap, cut = settings.trainer.max_epochs, settings.trainer.max_steps, settings.data
     if data is not None:
-        steps = data.total_steps
-        share = steps * settings.data.batch_size / len(data.train.lengths)
-        return Work(len(data.train.lengths), steps, sum(data.train.lengths) * share, True)
-    source = settings.data.train.partition("@")[0]
+        return Work(len(data.train.lengths), data.total_steps, ""), data.train
+    source = cut.train.partition("@")[0]
     if source not in EXAMPLES and cap is None:
-        raise UserError(f"data.train={settings.data.train} is not here to be counted: set trainer.max_steps.")
-    examples = EXAMPLES.get(source, settings.data.batch_size)
-    steps = cap or int(examples * epochs) // settings.data.batch_size
-    batch, count = _fullest(settings)
-    return Work(examples, steps, steps * settings.data.batch_size * len(batch.ids) / count, False)
+        raise UserError(f"data.train={cut.train} is not here to be counted: set trainer.max_steps.")
+    number = EXAMPLES.get(source, cut.batch_size)
+    work = Work(number, cap or int(number * epochs) // cut.batch_size, "about" if source in EXAMPLES else "at most")
+    if not isinstance(cut, PreferenceSettings):
+        return work, FullRows(cut.max_length)
+    if source == ULTRAFEEDBACK:
+        return work, ultrafeedback(cut.max_length, cut.max_prompt_length)
+    answer = cut.max_length - cut.max_prompt_length
+    return work, TypicalPairs([(cut.max_prompt_length, answer, answer)])
 
 
-def _flops(settings: Settings, config: Any, work: Work, live: bool) -> float:
-    """Of the whole run: the fullest micro-batch's FLOPs a token, times the tokens."""
-    model: Any = skeleton(config)
-    head = sum(p.numel() for p in model.get_output_embeddings().parameters())
-    body = sum(p.numel() for p in model.parameters()) - head - model.get_input_embeddings().weight.numel()
-    all_train = settings.model.lora is None
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    size = ModelSize(body, body * all_train, head, head * all_train, config.num_hidden_layers, width)
-    batch, _ = _fullest(settings)
-    return step_flops(size, [batch], live) / len(batch.ids) * work.tokens
+def make_job(settings: Settings, config: Any, processes: int, replicas: int | None, reference: str | None) -> Job:
+    """The run as far as its time goes; sharded unless `replicas` is None."""
+    model, trainer = settings.model, settings.trainer
+    bare: Any = skeleton(config)
+    number, size = counts(model, config), model_size(bare)
+    outside = sum(p.numel() for p in bare.parameters()) - size.body
+    whole = model.lora is None
+    if not whole:
+        size = size._replace(body=size.body + number.trained, body_trained=number.trained, head_trained=0)
+    layer = [m.weight for m in bare.get_decoder().layers[0].modules() if isinstance(m, nn.Linear)]
+    wide = sum(w.numel() for w in layer if w.shape[0] > config.hidden_size) / sum(w.numel() for w in layer)
+    placement = Placement(torch.device("cpu"), trainer.precision)
+    live = reference in ("copy", "adapter")
+    stepwise = settings.objective is not None and settings.objective.name in STEPWISE
+    return Job(
+        GPUS[settings.gpu],
+        size,
+        outside=outside,
+        outside_trained=outside if whole else 0,
+        packed=number.packed,
+        processes=processes,
+        nodes=trainer.num_nodes,
+        sharded=replicas is not None,
+        replicas=replicas or 1,
+        offload=trainer.cpu_offload and replicas is not None,
+        compiled=trainer.compile,
+        recomputed={"none": 0.0, "selective": wide, "full": 1.0}[model.activation_checkpointing],
+        forwards=(1 + live) * (1 + stepwise),
+        reference=live,
+        single=trainer.precision == "32-true",
+        use=placement.compute.itemsize,
+        kept=placement.trained.itemsize,
+        eight_bits=settings.optimizer.name.endswith("_8bit"),
+    )
 
 
 def _data(settings: Settings, path: str) -> DataModule | None:

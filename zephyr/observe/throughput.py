@@ -11,18 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from zephyr.data.batch import Batch
+from zephyr.gpus import named
 from zephyr.observe.metrics import is_logged
-
-# Dense bf16 TFLOP/s by NVIDIA's data sheets. The first name contained in the device's name counts.
-PEAK_TFLOPS = {
-    "A100": 312.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.0,
-}
 
 
 class ModelSize(NamedTuple):
@@ -141,38 +131,53 @@ def model_size(policy: Any) -> ModelSize:
     )
 
 
+class Load(NamedTuple):
+    """What of a micro-batch its arithmetic depends on."""
+
+    tokens: int
+    scored: int
+    context: float  # sum over tokens of how many positions each attends to
+
+
+def load(batch: Batch) -> Load:
+    """Attention is causal: q tokens behind a prefix of p attend to q (q + 1) / 2 + q p positions."""
+    context = 0.0
+    for start, end, prefix_start, prefix_end in batch.segments:
+        queries = end - start
+        context += queries * (queries + 1) / 2 + queries * (prefix_end - prefix_start)
+    return Load(len(batch.ids), len(batch.targets), context)
+
+
+def forward_flops(size: ModelSize, of: Load) -> tuple[float, float, float]:
+    """Floating-point operations of one forward pass in the body's linear layers, the head, and attention."""
+    # attention: two products, queries with keys and weights with values
+    return 2.0 * size.body * of.tokens, 2.0 * size.head * of.scored, 4.0 * size.layers * size.width * of.context
+
+
 def step_flops(size: ModelSize, batches: list[Batch], reference: bool) -> float:
     """Floating-point operations that an optimizer step needs by its mathematics, without recomputation.
 
-    With n packed and m scored tokens, and c the sum over tokens of how many positions each attends to
-    (causally, so for q tokens behind a prefix of p: q (q + 1) / 2 + q p), one forward pass takes
-
-        linear    2 (body n + head m)
-        attention 4 layers width c            (two products, queries with keys and weights with values)
-
-    The backward pass takes the linear part once for the gradients of the inputs and once, where weights
-    are trained, for those of the weights; and the attention part twice. A live reference is one more
-    forward pass. Training all weights is thus the usual 6 (body n + head m) + 12 layers width c.
+    The backward pass takes the linear part of a forward pass once for the gradients of the inputs and once, where
+    weights are trained, for those of the weights; and the attention part twice. A live reference is one more forward
+    pass. With n packed and m scored tokens, and c their context, training all weights is thus the usual
+    6 (body n + head m) + 12 layers width c.
     """
-    tokens = sum(len(batch.ids) for batch in batches)
-    scored = sum(len(batch.targets) for batch in batches)
-    context = 0.0
-    for batch in batches:
-        for start, end, prefix_start, prefix_end in batch.segments:
-            queries = end - start
-            context += queries * (queries + 1) / 2 + queries * (prefix_end - prefix_start)
-    linear = 2.0 * (size.body * tokens + size.head * scored)
-    weights = 2.0 * (size.body_trained * tokens + size.head_trained * scored)
-    attention = 4.0 * size.layers * size.width * context
-    return 2 * linear + weights + 3 * attention + reference * (linear + attention)
+    return sum(needed_flops(size, load(batch), reference) for batch in batches)
+
+
+def needed_flops(size: ModelSize, of: Load, reference: bool) -> float:
+    """The same of one micro-batch."""
+    body, head, attention = forward_flops(size, of)
+    weights = 2.0 * (size.body_trained * of.tokens + size.head_trained * of.scored)
+    return (2 + reference) * (body + head) + weights + (3 + reference) * attention
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of a device, None where unknown."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    gpu = named(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.peak * 1e12
 
 
 def peak_memory_gib(device: torch.device) -> float:
