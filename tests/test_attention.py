@@ -51,9 +51,7 @@ def test_nothing_leaks_between_examples_or_branches(checkpointing):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def hidden(ids):
-        out = model.model(
-            input_ids=ids[None], position_ids=BATCH.positions[None], plan=PLAN, use_cache=False
-        )
+        out = model.model(input_ids=ids[None], position_ids=BATCH.positions[None], plan=PLAN, use_cache=False)
         return out.last_hidden_state[0]
 
     before = hidden(BATCH.ids)

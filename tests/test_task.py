@@ -125,6 +125,18 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     assert metrics["train/grad_norm"] > 0.5  # what is logged is the norm before clipping
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_norm_of_a_bf16_gradient_is_more_precise_than_bf16(seed):
+    """Which has steps of 1/256; clipping would be off by as much."""
+    task = SFT(tiny.model(seed, attn_implementation=SEGMENTS).bfloat16(), ADAMW, 10, 10.0)
+    batch = pack_conversations(conversations())
+    task.loss(batch)[0].backward()
+    norm = torch.stack([p.grad.double().norm() for p in task.trainable()]).norm() / task.units(batch)
+    task.policy.zero_grad()
+    _, metrics = step_gradient(task, [batch])
+    assert metrics["train/grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_update():
     policy = tiny.model(0, attn_implementation=SEGMENTS)
     with torch.no_grad():

@@ -138,7 +138,8 @@ class Reference:
 class Optimizer:
     """How the policy is stepped."""
 
-    name: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"]
+    # adamw_8bit: both moments in a byte a number each; paged_*: they may move to the host, and weights must be whole
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
     lr: Positive  # peak
     betas: Annotated[list[Share], Must("a list of two numbers", lambda value: len(value) == 2)]
     eps: Positive

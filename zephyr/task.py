@@ -1,6 +1,5 @@
 """What supervised and preference training share: a step over micro-batches, its optimizer, its log."""
 
-import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -12,15 +11,14 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from zephyr.data.batch import Batch
 from zephyr.errors import UserError
+from zephyr.optimizer import build
 from zephyr.schedule import schedule
 from zephyr.settings import Optimizer as OptimizerSettings
 
-_log = logging.getLogger(__name__)
 Sums = dict[str, Tensor]  # name -> a value summed over units; "loss" is what is minimised
 
 
@@ -94,7 +92,8 @@ class Task(L.LightningModule, ABC):
             pending = [dist.all_reduce(g, async_op=True) for g in gradients if not isinstance(g, DTensor)]
             for work in pending:
                 work.wait()
-        norm = nn.utils.get_total_norm(gradients)
+        # torch's own norm is of the gradients' dtype: in bf16 it has two digits
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         norm_of_sum, count = torch.stack([norm.double(), units.to(norm.device)]).tolist()  # the step's one wait
         mean_norm = norm_of_sum / count
@@ -108,11 +107,11 @@ class Task(L.LightningModule, ABC):
         return mean_norm
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = _optimizer(self.settings, list(self.trainable()))
+        stepping = build(self.settings, self.trainable())
         warmup = math.ceil(self.settings.warmup_ratio * self.total_steps)
         return {
-            "optimizer": optimizer,
-            "lr_scheduler": schedule(self.settings.schedule, optimizer, warmup, self.total_steps),
+            "optimizer": stepping,
+            "lr_scheduler": schedule(self.settings.schedule, stepping, warmup, self.total_steps),
         }
 
     def changing(self) -> set[str]:
@@ -147,19 +146,3 @@ def _over_ranks(sums: Sums) -> Sums:
 
 def _means(sums: Sums) -> Sums:
     return {name: value / sums["units"].to(value.device) for name, value in sums.items() if name != "units"}
-
-
-def _optimizer(settings: OptimizerSettings, parameters: list[nn.Parameter]) -> Optimizer:
-    matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay}
-    vectors = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
-    groups = [group for group in (matrices, vectors) if group["params"]]
-    options: dict[str, Any] = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps}
-    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
-    if settings.name == "adamw" or sharded:
-        if settings.name != "adamw":
-            _log.info("%s is for whole weights; sharded ones get AdamW, whose state is shared out too.", settings.name)
-        return torch.optim.AdamW(groups, **options, fused=True)
-    from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
-
-    paged: Any = PagedAdamW32bit if settings.name == "paged_adamw_32bit" else PagedAdamW8bit
-    return paged(groups, **options)

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -29,8 +28,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from zephyr.errors import UserError, reason
-from zephyr.models import low_rank
 from zephyr.models.lineage import Lineage, commit
+from zephyr.models.low_rank import accumulate
 from zephyr.models.sharding import whole
 from zephyr.settings import Lora
 
@@ -110,7 +109,7 @@ def attach(
     generator = torch.Generator().manual_seed(torch.initial_seed())
     stored = {} if start is None else _weights(start)
     for name, layer in _layers(model):
-        layer.forward = partial(low_rank.forward, layer)
+        accumulate(layer)
         device = layer.get_base_layer().weight.device
         device = torch.device("cpu") if device.type == "meta" else device
         for adapter in layer.lora_A:

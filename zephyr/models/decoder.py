@@ -80,8 +80,8 @@ def _forward(
         return second(layer, x, attend(q, k, v, plan, own.scaling, _window(own), dropout))
 
     if whole and layer.training and torch.is_grad_enabled():
-        return checkpoint(compute, hidden[0], use_reentrant=False)[None]
-    return compute(hidden[0])[None]
+        return checkpoint(compute, hidden[0], use_reentrant=False)
+    return compute(hidden[0])
 
 
 def before(
@@ -103,7 +103,7 @@ def before(
 
 
 def behind(layer: Any, x: Tensor, attended: Tensor, again: Again = _kept) -> Tensor:
-    """Of a layer, what comes behind attention: x [R, D] and attended [R, H, E] -> [R, D]."""
+    """Of a layer, what comes behind attention: x [R, D] and attended [R, H, E] -> [1, R, D]."""
     mlp = layer.mlp
     x = x + layer.self_attn.o_proj(attended.flatten(1))
     normed = partial(_norm, layer.post_attention_layernorm, x, _product_dtype(x))
@@ -112,7 +112,7 @@ def behind(layer: Any, x: Tensor, attended: Tensor, again: Again = _kept) -> Ten
         gate, up = mlp.gate_proj(n), mlp.up_proj(n)
     h = swiglu(gate, up)
     with again(h, partial(swiglu, gate, up)):
-        return x + mlp.down_proj(h)
+        return x[None] + mlp.down_proj(h)[None]  # the sum, unlike its view, is what FSDP's hooks can be put on
 
 
 def _heads(attention: Any, name: str, n: Tensor) -> Tensor:

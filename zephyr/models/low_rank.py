@@ -1,26 +1,45 @@
-"""W x + scale B A x in place: what a low-rank adapter adds is accumulated by its second product.
+"""W x + scale B A x, where what a low-rank adapter adds is accumulated by its second product.
 
-PEFT's layer writes the addend, scales it and adds it, in fp32 under autocast: up to four tensors as large as the result,
-which take longer to write than the adapter's products to compute.
+PEFT's layer writes the addend, scales it and adds it, in fp32 under autocast: up to four tensors as large as the
+result, which take longer to write than the adapter's products to compute.
 """
 
+from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    """A PEFT LoRA layer's output for x [T, in] -> [T, out]. Other shapes and other kinds of adapter are PEFT's."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if x.dim() != 2 or layer.merged or layer.lora_variant or args or options:
-        result: Tensor = type(layer).forward(layer, x, *args, **options)
+def accumulate(layer: Any) -> None:
+    """Let one of PEFT's LoRA layers compute that way, in place."""
+    layer.__class__ = _accumulating(type(layer))
+
+
+@cache
+def _accumulating(kind: Any) -> Any:
+    # A class, as torch.compile compiles a forward that is an instance's own for each instance.
+    return type(kind.__name__, (_Accumulating, kind), {})
+
+
+class _Accumulating:
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The layer's output for x [T, in] -> [T, out]. Other shapes and other kinds of adapter are PEFT's."""
+        if x.dim() != 2 or self.merged or self.lora_variant or args or options:
+            result: Tensor = super().forward(x, *args, **options)  # type: ignore[misc]
+            return result
+        result = self.base_layer(x)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                down, up = self.lora_A[name].weight, self.lora_B[name].weight
+                narrow = F.linear(self.lora_dropout[name](x), down.to(x.dtype))
+                factors = narrow.to(result.dtype), up.T.to(result.dtype)
+                # What a custom function returns as a view, autograd lets nobody change; a compiler sees to it itself.
+                if torch.compiler.is_compiling() or result._is_view():
+                    result = torch.addmm(result, *factors, alpha=self.scaling[name])
+                else:
+                    result = result.addmm_(*factors, alpha=self.scaling[name])
         return result
-    result = layer.base_layer(x)
-    if layer.disable_adapters:
-        return result
-    for name in active:
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        narrow = F.linear(layer.lora_dropout[name](x), down.to(x.dtype))
-        result = result.addmm_(narrow.to(result.dtype), up.T.to(result.dtype), alpha=layer.scaling[name])
-    return result
