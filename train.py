@@ -26,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from zephyr import distributed
+from zephyr import distributed, early
 from zephyr.errors import Stopped, UserError
 from zephyr.launch import JobFailed, launch
 from zephyr.settings import Settings, nearest, parse
@@ -62,12 +62,13 @@ def start(config: dict[str, Any], apart: bool = False) -> float | None:
     """Run in this process, if it is the only one or one of a launcher's, else in new ones. `apart`: in new ones even
     if it is one, so that whatever becomes of it is its own affair."""
     settings = parse(config)
+    early.check(settings)
     if settings.dry_run:
         from zephyr.dry_run import report
 
         print(report(settings))
         return None
-    from zephyr.run import chosen, run  # here, so that a mistake in a setting is answered without torch
+    from zephyr.run import chosen, run  # here, so that mistakes are answered without torch
 
     if distributed.joined():
         return run(settings, config)

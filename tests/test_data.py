@@ -1,6 +1,7 @@
 """Tokenised data and the steps made of it."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -194,3 +195,26 @@ def test_prompts_come_with_their_answers(tmp_path):
     assert prompts[1] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "001"}]
     assert answers[1] == "a" * (50 - HEADERS - 3)
     assert chat_data(tmp_path, path, batch_size=1).prompts(5) == ([], [])
+
+
+def test_the_next_step_is_packed_while_one_trains(tmp_path):
+    """One step ahead and no more; what goes wrong in the thread is raised in the loop."""
+    data = preference_data(tmp_path, pairs(tmp_path, 11), max_epochs=3)
+    loader = data.train_dataloader()
+    asked, original = [], loader.dataset.examples.pack
+    ahead = threading.Event()
+
+    def pack(examples):
+        asked.append(threading.current_thread())
+        if len(asked) > 2:
+            ahead.set()
+            raise ValueError("in the thread")
+        return original(examples)
+
+    loader.dataset.examples.pack = pack
+    loader.dataset.micro_batch_tokens = 10**6  # one micro-batch a step
+    batches = iter(loader)
+    next(batches), next(batches)
+    assert ahead.wait(10) and threading.main_thread() not in asked  # the third is made before it is asked for
+    with pytest.raises(ValueError, match="in the thread"):
+        next(batches)

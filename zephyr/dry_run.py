@@ -61,7 +61,8 @@ def report(settings: Settings) -> str:
     _check(settings, processes)
     memory = gpu.memory * 2**30
     strategy = trainer.strategy
-    reference = _reference(settings, "copy")
+    work, examples = _work(settings, data)
+    reference = _reference(settings, work.steps * settings.data.batch_size / work.examples)
     if strategy == "auto":
         whole = _memory(settings, config, 1, None, reference)
         strategy = "fsdp" if processes > 1 and sum(whole.values()) > ROOM * memory else "ddp"
@@ -80,7 +81,6 @@ def report(settings: Settings) -> str:
         parts = {part: size for part, size in parts.items() if part in ON_DEVICE}
     total = sum(parts.values())
     job = make_job(settings, config, processes, replicas if strategy == "fsdp" else None, reference)
-    work, examples = _work(settings, data)
     found = estimate(job, examples, settings.data.batch_size, settings.data.micro_batch_tokens, settings.seed)
     count = sum(p.numel() for p in skeleton(config).parameters())
     lora = model.lora
@@ -152,12 +152,15 @@ def model_config(path: str, revision: str | None) -> Any:
     return read_config(path, revision)
 
 
-def _reference(settings: Settings, otherwise: str) -> str | None:
+def _reference(settings: Settings, passes: float) -> str | None:
+    """How the reference is had, as zephyr.assemble decides, but for a copy that does not fit."""
     if settings.objective is None or settings.reference is None or settings.objective.name in REFERENCE_FREE:
         return None
     if settings.reference.mode != "auto":
         return settings.reference.mode
-    return "adapter" if settings.model.lora is not None else otherwise
+    if passes > 1 and not settings.reference.sync_every_n_steps:
+        return "precomputed"
+    return "adapter" if settings.model.lora is not None else "copy"
 
 
 def _memory(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -17,9 +16,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from zephyr import demo, distributed, estimate, record
+from zephyr import demo, distributed, early, estimate, record
 from zephyr.assemble import Start, build_task, check_objective, gathered
-from zephyr.checkpoint import STEP, Checkpoints, FolderCheckpointIO, newest, verify
+from zephyr.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
 from zephyr.console import speak
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import load_tokenizer
@@ -63,7 +62,7 @@ def chosen(settings: Settings) -> Choice:
     """The strategy and the processes of a run."""
 
     def bytes_needed() -> float:
-        start, revision = starting_point(settings)
+        start, revision = early.starting_point(settings)
         path = demo.locate(start)
         whole = Placement(torch.device("cpu"), settings.trainer.precision)
         return estimate.state(settings, check_policy(path, revision), whole, 1, "copy").total
@@ -75,11 +74,12 @@ def _run(settings: Settings, config: dict[str, Any], choice: Choice, placement: 
     started = time.monotonic()
     output = Path(settings.output_dir)
     _agree_on(settings)
-    if settings.resume == "auto" and (output / "summary.json").exists():
+    if early.finished(settings):
         _log.info("%s is finished already; without resume=auto it is trained anew.", output)
         return record.headline(json.loads((output / "summary.json").read_text())["eval"])
+    distributed.from_first(lambda: early.check(settings))
     checkpoint = distributed.from_first(lambda: _checkpoint(settings, output))
-    start, revision = starting_point(settings)
+    start, revision = early.starting_point(settings)
     path = demo.locate(start)
     model = check_policy(path, revision, settings.model.lora)
     distributed.from_first(lambda: _check_origin(settings, path, revision))
@@ -176,34 +176,8 @@ def _checkpoint(settings: Settings, output: Path) -> Path | None:
     if settings.resume == "auto":
         return newest(output / "checkpoints")
     checkpoint = Path(settings.resume)
-    if checkpoint.is_dir() and STEP.fullmatch(checkpoint.name) is None:
-        raise UserError(
-            f"resume={checkpoint} is no checkpoint: they are the folders output_dir/checkpoints/step-NUMBER. "
-            "resume=auto takes the newest."
-        )
     verify(checkpoint)
     return checkpoint
-
-
-def starting_point(settings: Settings) -> tuple[str, str | None]:
-    """The model to start from: the one named, else for SFT the recipe's base, for DPO its SFT output."""
-    model = settings.model
-    if model.path is not None:
-        return model.path, model.revision
-    base = model.base, model.base_revision
-    if settings.stage == "sft":
-        return base
-    trained = Path("outputs", settings.recipe, "sft", "model")
-    if any((trained / name).exists() for name in ("config.json", "adapter_config.json")):
-        return str(trained), None
-    how = f"python train.py recipe={settings.recipe} stage=sft"
-    if not model.base.startswith("demo:"):
-        raise UserError(
-            f"stage=dpo starts from an SFT model, and {trained} does not exist. Make it with `{how}`, "
-            "or name one with model.path=..."
-        )
-    _log.info("%s does not exist (`%s` makes it): starting from the untrained base model instead.", trained, how)
-    return base
 
 
 def _check_origin(settings: Settings, path: str, revision: str | None) -> None:
@@ -221,10 +195,9 @@ def _check_origin(settings: Settings, path: str, revision: str | None) -> None:
 def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> DataModule:
     kind: type[DataModule] = ChatData if settings.stage == "sft" else PreferenceData
     source = settings.data
-    validation = source.validation
-    if (validation or "").startswith("demo:") and not source.train.startswith("demo:"):
+    validation = early.validation(settings)
+    if validation != source.validation:
         _log.info("data.validation is the demo's, so there is no validation. Set data.validation=FILE to have one.")
-        validation = None
     source = replace(source, train=demo.locate(source.train), validation=validation and demo.locate(validation))
     length = settings.trainer.max_epochs, settings.trainer.max_steps
     return kind(source, tokenizer, *length, settings.seed, distributed.rank(), distributed.world_size())
@@ -233,11 +206,7 @@ def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> DataModule:
 def _check(settings: Settings, output: Path, path: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """What can be known of machine, folders and model before data and weights are read. `model` is its config."""
     check_objective(settings)
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"Cannot write to output_dir={output}: {existing} is not a folder that you may write to.")
-    if Path(path).resolve().is_relative_to(output.resolve()):
-        raise UserError(f"The model to start from, {path}, lies in output_dir={output}. Choose another output_dir.")
+    early.check_apart(output, path)
     positions = getattr(model, "max_position_embeddings", None) or settings.data.max_length
     if settings.data.max_length > positions:
         raise UserError(f"data.max_length={settings.data.max_length} exceeds the {positions} positions of {path}.")

@@ -8,6 +8,7 @@ them, also across the seam of two epochs. So the position in the data is one num
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from zephyr import settings
 from zephyr.data import sources
 from zephyr.data.batch import IDLE, Batch, Conversation, Pair, pack_conversations, pack_pairs
-from zephyr.data.packing import best_fit, deal
+from zephyr.data.encode import Options
+from zephyr.data.packing import deal, pack
 from zephyr.data.render import Message, with_system
-from zephyr.data.tokenised import Options, Report, Table, tokenised_conversations, tokenised_pairs
+from zephyr.data.tokenised import Report, Table, tokenised_conversations, tokenised_pairs
 from zephyr.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class Examples(ABC):
     unit: str
     lengths: Sequence[int]  # tokens of each example
     report: Report
+    fill: float | None = None  # share of the packed rows that tokens take
 
     @abstractmethod
     def pack(self, examples: list[int]) -> Batch:
@@ -48,8 +51,9 @@ class PackedConversations(Examples):
     def __init__(self, table: Table, report: Report, max_length: int) -> None:
         self.table, self.report = table, report
         lengths = table.lengths("ids").tolist()
-        self.rows = best_fit(lengths, max_length)
+        self.rows = pack(lengths, max_length)
         self.lengths = [sum(lengths[i] for i in row) for row in self.rows]
+        self.fill = sum(lengths) / (len(self.rows) * max_length)
 
     def pack(self, examples: list[int]) -> Batch:
         chosen = [conversation for example in examples for conversation in self.rows[example]]
@@ -142,6 +146,26 @@ class _From(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.start, self.stop))
+
+
+class _Ahead(DataLoader[list[Batch]]):
+    """Packs the next step in a thread while this one trains.
+
+    Worker processes do that too, but each tensor of each micro-batch then costs a file descriptor and its transfer:
+    for 128 rows in micro-batches of one, as long as packing them here.
+    """
+
+    def __iter__(self) -> Iterator[list[Batch]]:  # type: ignore[override]
+        batches = super().__iter__()
+        return batches if self.num_workers else _ahead(batches)
+
+
+def _ahead(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    with ThreadPoolExecutor(1, "packing") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 class DataModule(L.LightningDataModule, ABC):
@@ -261,11 +285,12 @@ class DataModule(L.LightningDataModule, ABC):
 
     def _load(self, key: str, source: str) -> Examples:
         examples = self.examples(source, key)
-        _log.info("%s: %s; %s %s", key, examples.report, f"{len(examples.lengths):,}", examples.unit)
+        filled = f", {examples.fill:.2%} full" if examples.fill else ""
+        _log.info("%s: %s; %s %s%s", key, examples.report, f"{len(examples.lengths):,}", examples.unit, filled)
         return examples
 
     def _loader(self, dataset: Dataset[list[Batch]], sampler: Sampler[int]) -> DataLoader[list[Batch]]:
-        return DataLoader(
+        return _Ahead(
             dataset,
             batch_size=None,
             sampler=sampler,

@@ -17,13 +17,14 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from zephyr.data import encode
 from zephyr.data.batch import Conversation, Pair
+from zephyr.data.encode import Encoder, Format
+from zephyr.data.encode import with_system as with_system
+from zephyr.data.sources import Message
 from zephyr.errors import UserError, reason
 
-Message = dict[str, str]  # role (system, user or assistant) and content
-
 ROLE_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>")
-_QUIET = {"verbose": False}  # no warning at a long conversation: what is too long is cut, and counted
 _TEMPLATE = Path(__file__).with_name("chat.jinja")
 
 
@@ -67,25 +68,32 @@ def template(forbidden: Sequence[str]) -> str:
     return _TEMPLATE.read_text().replace("CONTROL_TOKENS", json.dumps(list(forbidden)))
 
 
-def with_system(messages: list[Message], text: str | None) -> list[Message]:
-    """The conversation with a system turn of this text in front, unless it has one or the text is None."""
-    if text is None or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": text}, *messages]
+def chat_format(tokenizer: PreTrainedTokenizerBase) -> Format:
+    """All that another process needs to encode as this tokenizer does."""
+    core: Any = tokenizer
+    return Format(
+        core.backend_tokenizer.to_str(),
+        core.split_special_tokens,
+        str(core.eos_token),
+        tuple(control_tokens(tokenizer)),
+    )
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    core: Any = tokenizer
+    return Encoder(core.backend_tokenizer, core.split_special_tokens, str(core.eos_token), control_tokens(tokenizer))
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], all_tokens: bool = False
 ) -> list[Conversation]:
     """Tokenise conversations; labelled are the assistant's turns, or with `all_tokens` every token."""
-    if not conversations:
-        return []
-    rows: Any = tokenizer.apply_chat_template(
-        conversations, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_QUIET
-    )
+    encoder = _encoder(tokenizer)
+    rendered = [encoder.text(messages) for messages in conversations]
+    encodings = encoder.encode([text for text, _ in rendered])
     return [
-        Conversation(ids, [True] * len(ids) if all_tokens else [bool(spoken) for spoken in mask])
-        for ids, mask in zip(rows["input_ids"], rows["assistant_masks"], strict=True)
+        Conversation(row.ids, [True] * len(row) if all_tokens else encode.spoken(row, spans).astype(bool).tolist())
+        for row, (_, spans) in zip(encodings, rendered, strict=True)
     ]
 
 
@@ -97,22 +105,8 @@ def render_pairs(
     A completion is the last turn's text and its end-of-turn token; the line break behind it is left out. None stands
     for a pair whose prompt is not a token prefix of both sides (a tokenizer that merges across the turn's start).
     """
-    if not pairs:
-        return []
-    openings: Any = tokenizer.apply_chat_template(
-        [chosen[:-1] for chosen, _ in pairs], add_generation_prompt=True, return_dict=True, tokenizer_kwargs=_QUIET
-    )
-    prompts: list[list[int]] = openings["input_ids"]
-    sides = [render(tokenizer, [pair[side] for pair in pairs]) for side in (0, 1)]
-    return [
-        None if chosen is None or rejected is None else Pair(prompt, chosen, rejected)
-        for prompt, chosen, rejected in zip(
-            prompts,
-            (_completion(prompt, whole) for prompt, whole in zip(prompts, sides[0], strict=True)),
-            (_completion(prompt, whole) for prompt, whole in zip(prompts, sides[1], strict=True)),
-            strict=True,
-        )
-    ]
+    split = encode.split_pairs(_encoder(tokenizer), pairs)
+    return [None if parts is None else Pair(*parts) for parts in split]
 
 
 def truncate(conversation: Conversation, max_length: int) -> Conversation:
@@ -121,24 +115,9 @@ def truncate(conversation: Conversation, max_length: int) -> Conversation:
 
 
 def truncate_pair(pair: Pair, max_length: int, max_prompt_length: int) -> Pair:
-    """Shorten a pair whose longer side exceeds `max_length` tokens, the same way for both sides.
-
-    First the prompt keeps its last `max_prompt_length` tokens, then both completions keep their first tokens, as many
-    as fit. The order is that of the original recipe; unlike it, a short prompt leaves its room to the completions.
-    """
-    prompt, chosen, rejected = pair
-    if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
-        return pair
-    prompt = prompt[-max_prompt_length:]
-    room = max_length - len(prompt)
-    return Pair(prompt, chosen[:room], rejected[:room])
-
-
-def _completion(prompt: list[int], whole: Conversation) -> list[int] | None:
-    end = max((i + 1 for i, label in enumerate(whole.labels) if label), default=0)
-    if whole.ids[: len(prompt)] != prompt or end <= len(prompt):
-        return None
-    return whole.ids[len(prompt) : end]
+    """Shorten a pair whose longer side exceeds `max_length` tokens; see zephyr.data.encode.shortened."""
+    cut = Pair(*encode.shortened(*pair, max_length, max_prompt_length))
+    return pair if cut == pair else cut
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -11,17 +11,16 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
-
-from zephyr.data.render import Message
 from zephyr.errors import UserError, reason
 
+Message = dict[str, str]  # role (system, user or assistant) and content
 Row = tuple[str, dict[str, Any]]  # where it stands ("file.jsonl line 7"), and its columns
 Preference = tuple[list[Message], list[Message]]  # chosen and rejected; they differ in their last turn
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_CHUNK_ROWS, _CHUNK_BYTES = 256, 4_000_000  # of a piece of a file: a quarter of a second's tokenising
 _HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(:(?P<split>\w+))?")
 _ROLES = ("system", "user", "assistant")
 _ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
@@ -36,6 +35,12 @@ def files(source: str, key: str) -> list[Path]:
 
     `key` is the configuration key that names the source, for messages. Raises UserError when there are none.
     """
+    found = local_files(source, key)
+    return _hub_files(key, source, **_HUB.fullmatch(source).groupdict()) if found is None else found  # type: ignore[union-attr]
+
+
+def local_files(source: str, key: str) -> list[Path] | None:
+    """As `files`, but None for a hub data set, of which nothing is asked."""
     path = Path(source).expanduser()
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
@@ -46,13 +51,12 @@ def files(source: str, key: str) -> list[Path]:
         if not found:
             raise UserError(f"{key}: the folder {path} holds no {', '.join(SUFFIXES)} file.")
         return found
-    match = _HUB.fullmatch(source)
-    if match is None or source.endswith(SUFFIXES):
+    if _HUB.fullmatch(source) is None or source.endswith(SUFFIXES):
         raise UserError(
             f"{key}: {source!r} does not exist (looked in {Path.cwd()}). "
             "Give a file, a folder, or a hub data set as owner/name@revision:split."
         )
-    return _hub_files(key, source, **match.groupdict())
+    return None
 
 
 def _hub_files(key: str, source: str, id: str, revision: str | None, split: str | None) -> list[Path]:
@@ -76,48 +80,84 @@ def _hub_files(key: str, source: str, id: str, revision: str | None, split: str 
     return found
 
 
+class Chunk(NamedTuple):
+    """Some rows of a file, as they stand there: what a process that parses them is handed."""
+
+    name: str  # of the file
+    first: int  # number of the first line or row
+    content: Any  # lines of JSON, rows of a JSON list, or a batch of a Parquet file
+
+    def rows(self) -> Iterator[Row]:
+        """Its rows. Raises BadRow at text that is not JSON."""
+        if not isinstance(self.content, list):
+            for number, columns in enumerate(self.content.to_pylist(), self.first):
+                yield f"{self.name} row {number}", columns
+            return
+        for number, item in enumerate(self.content, self.first):
+            if not isinstance(item, bytes):
+                yield (where := f"{self.name} row {number}"), _checked(item, where)
+            elif not item.isspace():
+                yield (where := f"{self.name} line {number}"), _checked(_json(item, where), where)
+
+
 def read(paths: list[Path]) -> Iterator[Row]:
     """Every row of the files. Raises BadRow at text that is not JSON, UserError when there is no row at all."""
+    for chunk in chunks(paths):
+        yield from chunk.rows()
+
+
+def chunks(paths: list[Path]) -> Iterator[Chunk]:
+    """The files in pieces, in order; how they are cut depends on nothing but the files. Raises UserError at a damaged
+    file, after the piece before the damage, and when there is no row at all."""
     empty = True
     for path in paths:
-        for row in _read_file(path):
-            empty = False
-            yield row
+        for chunk in _file_chunks(path):
+            empty = empty and isinstance(chunk.content, list) and all(_blank(item) for item in chunk.content)
+            yield chunk
     if empty:
         raise UserError(f"{paths[0]} is empty: it holds no row.")
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _blank(item: Any) -> bool:
+    return isinstance(item, bytes) and item.isspace()
+
+
+def _file_chunks(path: Path) -> Iterator[Chunk]:
     if path.suffix == ".parquet":
+        import pyarrow.parquet as pq  # 0.2 s, which a wrong path need not take
+
         try:
             table = pq.ParquetFile(path)
         except Exception as error:
             raise UserError(f"{path} is not a readable Parquet file: {reason(error)}") from error
-        number = 0
-        for batch in table.iter_batches():
-            for columns in batch.to_pylist():
-                number += 1
-                yield f"{path.name} row {number}", columns
+        first = 1
+        for batch in table.iter_batches(batch_size=_CHUNK_ROWS):
+            yield Chunk(path.name, first, batch)
+            first += batch.num_rows
         return
     opener = gzip.open if path.suffix == ".gz" else open
+    first, lines, size = 1, [], 0
     try:
         with opener(path, "rb") as file:
-            if ".jsonl" in path.suffixes[-2:]:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield (where := f"{path.name} line {number}"), _object(line, where)
-            else:
+            if ".jsonl" not in path.suffixes[-2:]:
                 rows = _json(file.read(), path.name)
                 if not isinstance(rows, list):
                     raise UserError(f"{path.name} must hold a JSON list of rows; for one row a line name it .jsonl.")
-                for number, row in enumerate(rows, start=1):
-                    yield f"{path.name} row {number}", _checked(row, f"{path.name} row {number}")
+                for start in range(0, len(rows), _CHUNK_ROWS):
+                    yield Chunk(path.name, start + 1, rows[start : start + _CHUNK_ROWS])
+                return
+            for line in file:
+                lines.append(line)
+                size += len(line)
+                if len(lines) == _CHUNK_ROWS or size >= _CHUNK_BYTES:
+                    yield Chunk(path.name, first, lines)
+                    first, lines, size = first + len(lines), [], 0
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        if lines:
+            yield Chunk(path.name, first, lines)
         raise UserError(f"{path} is not a complete gzip file: {reason(error)} Compress or copy it again.") from error
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    return _checked(_json(line, where), where)
+    if lines:
+        yield Chunk(path.name, first, lines)
 
 
 def _checked(row: Any, where: str) -> dict[str, Any]:
