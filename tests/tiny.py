@@ -66,4 +66,4 @@ def model_settings(
     adapter: settings.Lora | None = None, quantization: str | None = None, checkpointing: str = "none"
 ) -> settings.Model:
     """How to hold a policy; the paths are not read by what loads it."""
-    return settings.Model(None, None, "base", None, adapter, quantization, False, checkpointing)  # type: ignore[arg-type]
+    return settings.Model(None, None, "base", None, adapter, quantization, False, False, checkpointing)  # type: ignore[arg-type]

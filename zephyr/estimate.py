@@ -63,7 +63,7 @@ def state(settings: Settings, config: Any, placement: Placement, shards: int, re
     copy = (
         base if model.lora is not None else number.total * (trained_dtype if placement.autocast else compute) / shards
     )
-    eight_bits = settings.optimizer.name == "paged_adamw_8bit" and placement.mesh is None
+    eight_bits = settings.optimizer.name.endswith("_8bit")
     return State(
         weights=base + trained + (trained if follows else 0.0),
         gradients=trained,

@@ -57,12 +57,17 @@ class Model:
     lora: Lora | None  # train an adapter in place of all weights
     quantization: Literal["nf4"] | None  # frozen base weights in 4 bits; needs lora
     double_quantization: bool  # quantise the 4-bit blocks' scales too: 0.4 bits a weight less
-    # recompute in the backward pass: each layer in full (a third more time), or all but attention and narrow products
+    float8: bool  # matrix products in 8-bit floating point, on Ada, Hopper and later GPUs
+    # recompute in the backward pass: each layer in full (a third more time), or what is elementwise in it (nearly free)
     activation_checkpointing: Literal["none", "full", "selective"]
 
     def __post_init__(self) -> None:
         if self.quantization and self.lora is None:
             raise UserError("model.quantization=nf4 cannot be trained in full: set model.lora, or quantization=null.")
+        if self.quantization and self.float8:
+            raise UserError(
+                "model.float8=true and model.quantization exclude each other: 4-bit weights compute in bf16."
+            )
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class Reference:
     """What the policy is compared with: the model that it starts as."""
 
     # copy: a second set of weights; adapter: the policy with its new adapter off; precomputed: log-probabilities from
-    # disk, made before the first step; auto: adapter if there is one, else copy if it fits, else precomputed
+    # disk, made before the first step; auto: precomputed for several passes, else adapter, copy, or what fits
     mode: Literal["auto", "copy", "adapter", "precomputed"]
     sync_every_n_steps: Count | None  # TR-DPO: move the reference towards the policy so often
     sync_share: Annotated[float, Must("in (0, 1]", lambda value: 0 < value <= 1)]  # by so much; 1 replaces it

@@ -14,7 +14,8 @@ from torch import Tensor
 
 def accumulate(layer: Any) -> None:
     """Let one of PEFT's LoRA layers compute that way, in place."""
-    layer.__class__ = _accumulating(type(layer))
+    kind: Any = type(layer)
+    layer.__class__ = _accumulating(kind)
 
 
 @cache

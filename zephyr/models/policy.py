@@ -18,6 +18,7 @@ from zephyr.errors import UserError, reason
 from zephyr.models.adapters import add_reference, attach, check_quantised, check_targets, init_magnitudes
 from zephyr.models.attention import SEGMENTS
 from zephyr.models.decoder import Checkpointing, rewrite
+from zephyr.models.float8 import check_float8, use_float8
 from zephyr.models.lineage import lineage
 from zephyr.models.sharding import load_rows, shard, weight_files
 from zephyr.settings import Lora, Model
@@ -87,6 +88,9 @@ def load_policy(
         add_reference(policy)
     if model.quantization:
         check_quantised(policy)
+    if model.float8:
+        check_float8(placement.device)
+        use_float8(core)
     prepare(core, "none" if frozen else model.activation_checkpointing, placement.compile)
     if frozen:
         policy.requires_grad_(False)
