@@ -204,7 +204,7 @@ def _covering(piece_at: dict[int, int], cuts: list[int], start: int, end: int) -
 def _mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 where a query may look, else -inf: causal, aligned at the bottom right, at most `window` tokens back."""
     hidden = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
-    if window is not None:
+    if window is not None and window < keys:
         hidden |= torch.ones_like(hidden).tril(keys - queries - window)
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 

@@ -27,9 +27,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer, 2020); both [..., I]."""
+    """silu(gate) * up (Shazeer, 2020); both [..., I]. Without gradient it is written over `gate`."""
     if torch.compiler.is_compiling():
         return F.silu(gate) * up
+    if not torch.is_grad_enabled() and not gate.requires_grad:  # else a backward pass computes it again, and needs it
+        return F.silu(gate, inplace=True).mul_(up)
     return SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
 
 
