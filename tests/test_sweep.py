@@ -411,7 +411,7 @@ def test_whatever_varies_the_jobs_share_one_folder(tmp_path):
         "-m",
         "recipe=demo,zephyr-7b-beta",
         "stage=dpo",
-        "model.path=x",
+        "model.path=OWNER/NAME",
         environment={"OUT": str(tmp_path)},
     )
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
