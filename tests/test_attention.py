@@ -1,5 +1,7 @@
 """Segment attention against a dense mask written down from its definition."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch.testing import assert_close
 
 from tests import tiny
 from zephyr.data.batch import Pair, pack_pairs
-from zephyr.models.attention import SEGMENTS, Plan, segment_attention
+from zephyr.models.attention import SEGMENTS, Plan, _torch_kernel, attend, segment_attention
 
 BATCH = pack_pairs([Pair([1] * 5, [2] * 4, [3] * 6), Pair([4] * 3, [5] * 7, [6] * 1)])
 PLAN = Plan(BATCH.segments, len(BATCH.ids), torch.device("cpu"))
@@ -66,3 +68,61 @@ def test_nothing_leaks_between_examples_or_branches(checkpointing):
 def test_the_plan_is_required():
     with pytest.raises(ValueError, match="plan"):
         segment_attention(None, *[torch.zeros(1, 1, 2, 2)] * 3, None)
+
+
+def emulated(query, key, value, g, scale, window, dropout):
+    """What a variable-length flash kernel computes: each sequence by itself, causal, aligned at the bottom right."""
+    outputs = []
+    for index in range(len(g.query_starts) - 1):
+        q = query[g.query_starts[index] : g.query_starts[index + 1]]
+        k, v = (x[g.key_starts[index] : g.key_starts[index + 1]] for x in (key, value))
+        assert len(q) <= g.most_queries and len(k) <= g.most_keys
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        back = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        seen = (back >= 0) & (back < (window or len(k)))
+        scores = torch.einsum("qhe,khe->hqk", q, k) * scale
+        outputs.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("tail", [False, True])
+def test_the_plan_for_a_variable_length_kernel_means_the_same(window, tail):
+    torch.manual_seed(0)
+    segments, rows = (BATCH.tail.segments, BATCH.tail.rows) if tail else (BATCH.segments, torch.arange(len(BATCH.ids)))
+    plan = Plan(segments, len(BATCH.ids), torch.device("cpu"))
+    query = torch.randn(len(rows), 4, 8, dtype=torch.float64)
+    key, value = torch.randn(2, len(BATCH.ids), 2, 8, dtype=torch.float64)
+    g = plan.gather
+    ours = attend(query, key, value, plan, 0.3, window)
+    assert_close(emulated(query, key[g.keys], value[g.keys], g, 0.3, window, 0.0), ours)
+
+
+def old(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=False, scale=None): ...
+
+
+def new(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False): ...
+
+
+@pytest.mark.parametrize(
+    ("signature", "window", "wanted"),
+    [
+        (old, None, {"scale": 0.3, "is_causal": True}),
+        (new, None, {"scale": 0.3, "window_size": (-1, 0), "enable_gqa": True}),
+        (new, 3, {"scale": 0.3, "window_size": (2, 0), "enable_gqa": True}),
+    ],
+)
+def test_torchs_kernel_is_asked_in_the_words_of_its_version(signature, window, wanted):
+    @functools.wraps(signature)
+    def recording(query, key, *others, **options):
+        assert options == wanted
+        assert key.shape[1] == (2 if "enable_gqa" in wanted else 4)  # else each query head gets a copy of its keys
+        return query
+
+    g = PLAN.gather
+    query, key = torch.zeros(len(BATCH.ids), 4, 8), torch.zeros(len(g.keys), 2, 8)
+    assert _torch_kernel(recording)(query, key, key, g, 0.3, window, 0.0) is query
+    if signature is old:
+        with pytest.raises(RuntimeError, match="no sliding window"):
+            _torch_kernel(recording)(query, key, key, g, 0.3, 3, 0.0)
