@@ -63,11 +63,12 @@ def state(settings: Settings, config: Any, placement: Placement, shards: int, re
     copy = (
         base if model.lora is not None else number.total * (trained_dtype if placement.autocast else compute) / shards
     )
+    # two moments: a byte each, or in fp32 whatever the weights are
     eight_bits = settings.optimizer.name.endswith("_8bit")
     return State(
         weights=base + trained + (trained if follows else 0.0),
         gradients=trained,
-        optimizer=number.trained * (2 if eight_bits else 2 * trained_dtype) / shards,
+        optimizer=number.trained * (2 if eight_bits else 8) / shards,
         reference=copy if reference == "copy" else 0.0,
     )
 
