@@ -1,7 +1,6 @@
 """What a run would take: parameters, memory of each device by part, steps, tokens, hours by part. No weight is read."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +15,14 @@ from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import load_tokenizer
 from zephyr.errors import UserError
 from zephyr.estimate import State, counts, state
-from zephyr.gpus import GPUS
+from zephyr.gpus import chosen
 from zephyr.models.lineage import lineage
 from zephyr.models.policy import Placement, read_config, skeleton
 from zephyr.objectives import REFERENCE_FREE, STEPWISE
 from zephyr.observe.throughput import model_size
 from zephyr.scaling import Estimate, Examples, FullRows, Job, TypicalPairs, estimate, ultrafeedback
 from zephyr.settings import PreferenceData as PreferenceSettings
-from zephyr.settings import Settings, nearest
+from zephyr.settings import Settings
 from zephyr.simulate import Run, peak
 
 ROOM = 0.92  # of a GPU's memory that tensors can have: the rest is the context's and lost to fragments
@@ -50,9 +49,7 @@ class Work(NamedTuple):
 
 def report(settings: Settings) -> str:
     """The estimate as text. Raises UserError for an unknown GPU or model, or data that nobody can count."""
-    if settings.gpu not in GPUS:
-        raise UserError(f"gpu={settings.gpu!r} is not known.{nearest(settings.gpu, GPUS)} {_listed(GPUS)}")
-    gpu, model, trainer = GPUS[settings.gpu], settings.model, settings.trainer
+    gpu, model, trainer = chosen(settings.gpu), settings.model, settings.trainer
     name, revision = (model.base, model.base_revision) if model.path is None else (model.path, model.revision)
     path = demo.locate(name)
     data = _data(settings, path)
@@ -220,7 +217,7 @@ def make_job(settings: Settings, config: Any, processes: int, replicas: int | No
     live = reference in ("copy", "adapter")
     stepwise = settings.objective is not None and settings.objective.name in STEPWISE
     return Job(
-        GPUS[settings.gpu],
+        chosen(settings.gpu),
         size,
         outside=outside,
         outside_trained=outside if whole else 0,
@@ -253,7 +250,3 @@ def _data(settings: Settings, path: str) -> DataModule | None:
     data = kind(cut, load_tokenizer(path, None), *length, settings.seed)
     data.load()
     return data
-
-
-def _listed(names: Iterable[str]) -> str:
-    return f"Choose one of: {', '.join(names)}."

@@ -9,8 +9,8 @@ from pathlib import Path
 from zephyr import demo
 from zephyr.data import sources
 from zephyr.errors import UserError
-from zephyr.gpus import GPUS
-from zephyr.settings import Settings, nearest
+from zephyr.gpus import chosen
+from zephyr.settings import Settings
 
 _log = logging.getLogger("zephyr")
 _STEP = re.compile(r"step-\d+")  # as zephyr.checkpoint names checkpoints
@@ -22,9 +22,7 @@ def check(settings: Settings) -> None:
     Nothing is written, and what only the hub can know is left to whoever loads it.
     """
     if settings.dry_run:
-        if settings.gpu not in GPUS:
-            known = ", ".join(GPUS)
-            raise UserError(f"gpu={settings.gpu!r} is not known.{nearest(settings.gpu, GPUS)} Choose one of: {known}.")
+        chosen(settings.gpu)
         if settings.model.path is not None:
             _check_model(settings.model.path)
         return

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+from zephyr.errors import UserError
+from zephyr.settings import nearest
+
 
 class GPU(NamedTuple):
     """A kind of GPU. Rates of links are of one direction; "a GPU" means its share of the server's."""
@@ -30,6 +33,13 @@ GPUS = {
     "L40S": GPU(362, 290, 91.6, 45.0, 864, 32, 25, 32),
     "RTX 4090": GPU(165, 132, 82.6, 24.0, 1008, 32, 12.5, 32),
 }
+
+
+def chosen(name: str) -> GPU:
+    """The figures of a GPU by its name in this table. Raises UserError where it is not in it."""
+    if name not in GPUS:
+        raise UserError(f"gpu={name!r} is not known.{nearest(name, GPUS)} Choose one of: {', '.join(GPUS)}.")
+    return GPUS[name]
 
 
 def named(device: str) -> GPU | None:

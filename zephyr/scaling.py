@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import NamedTuple, Protocol
 
 from zephyr.data.batch import IDLE, Batch, Conversation, Pair, pack_conversations, pack_pairs
+from zephyr.data.encode import shortened
 from zephyr.data.packing import deal
 from zephyr.gpus import GPU
 from zephyr.observe.throughput import Load, ModelSize, forward_flops, load, needed_flops
@@ -285,11 +286,9 @@ class FullRows:
 
 
 def ultrafeedback(max_length: int, max_prompt_length: int) -> TypicalPairs:
-    """Pairs as long as UltraFeedback's, cut as zephyr.data.render.truncate_pair does."""
+    """Pairs as long as UltraFeedback's, cut as a run cuts them."""
     cut = []
-    for prompt, *answers in PAIRS:
-        if prompt + max(answers) > max_length:
-            prompt = min(prompt, max_prompt_length)
-        chosen, rejected = (min(answer, max_length - prompt) for answer in answers)
-        cut.append((prompt, chosen, rejected))
-    return TypicalPairs(cut)
+    for lengths in PAIRS:
+        prompt, chosen, rejected = ([0] * length for length in lengths)
+        cut.append(shortened(prompt, chosen, rejected, max_length, max_prompt_length))
+    return TypicalPairs([(len(prompt), len(chosen), len(rejected)) for prompt, chosen, rejected in cut])
