@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tests import tiny
-from zephyr.data.batch import Pair, pack_pairs
+from zephyr.data.batch import Pair, Segment, pack_pairs
+from zephyr.models import attention
 from zephyr.models.attention import SEGMENTS, Plan, _torch_kernel, attend, segment_attention
 
 BATCH = pack_pairs([Pair([1] * 5, [2] * 4, [3] * 6), Pair([4] * 3, [5] * 7, [6] * 1)])
@@ -30,19 +31,33 @@ def dense(query, key, value, batch, window):
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_equals_a_dense_mask_in_value_and_gradient(window, kv_heads):
+@pytest.mark.parametrize("block", [1, 2, 4, 128])
+def test_equals_a_dense_mask_in_value_and_gradient(window, kv_heads, block, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(attention, "BLOCK", block)
+    plan = Plan(BATCH.segments, len(BATCH.ids), torch.device("cpu"))
+    assert len(plan.blocks(window, torch.float64)[1]) == {1: 26, 2: 13, 4: 7, 128: 4}[block]
     length = len(BATCH.ids)
     shapes = [(1, 4, length, 8), (1, kv_heads, length, 8), (1, kv_heads, length, 8)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     upstream = torch.randn(1, length, 4, 8, dtype=torch.float64)
-    ours, _ = segment_attention(None, *inputs, None, plan=PLAN, sliding_window=window)
+    ours, _ = segment_attention(None, *inputs, None, plan=plan, sliding_window=window)
     truth = dense(*inputs, BATCH, window)
     assert_close(ours, truth)
     for mine, theirs in zip(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(truth, inputs, upstream), strict=True
     ):
         assert_close(mine, theirs)
+
+
+def test_no_key_is_asked_that_no_query_of_its_block_sees(monkeypatch):
+    """A sequence of 8 tokens, 2 queries a block: keys 1-2, 1-4, ... 1-8; with a window of 3 from the first query on."""
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    plan = Plan([Segment(0, 8, 0, 0)], 8, torch.device("cpu"))
+    cuts, blocks = plan.blocks(None, torch.float32)
+    assert [sum(cuts[i] for i in block.pieces) for block in blocks] == [2, 4, 6, 8]
+    cuts, blocks = plan.blocks(3, torch.float32)
+    assert [sum(cuts[i] for i in block.pieces) for block in blocks] == [2, 4, 4, 4]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

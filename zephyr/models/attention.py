@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from zephyr.data.batch import Segment
 
 SEGMENTS = "segments"
+BLOCK = 128  # queries, about; of 64 to 256 the fastest on a CPU at heads of 32 and of 64
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +37,14 @@ class Gather(NamedTuple):
     most_keys: int
 
 
+class Block(NamedTuple):
+    """Some queries of a segment, and the keys that they see."""
+
+    queries: int  # their number; blocks are in the order of the rows that ask
+    pieces: list[int]  # which of the row's pieces hold the keys
+    mask: Tensor | None  # what is added to the scores, [queries, keys]; None where plain causal attention is the same
+
+
 class Plan:
     """The segments of one forward pass, and what its layers share: masks, or indices.
 
@@ -43,28 +52,43 @@ class Plan:
     """
 
     def __init__(self, segments: list[Segment], tokens: int, device: torch.device) -> None:
-        self.segments, self.device = segments, device
-        edges = {0, tokens, *(edge for segment in segments for edge in segment)}
-        self.cuts = [after - before for before, after in pairwise(sorted(edges))]  # key pieces between all edges
-        piece_at, start = {}, 0
-        for index, length in enumerate(self.cuts):
-            piece_at[start] = index
-            start += length
-        self.pieces = [
-            [*_covering(piece_at, self.cuts, s.prefix_start, s.prefix_end), *_covering(piece_at, self.cuts, *s[:2])]
-            for s in segments
-        ]
-        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = {}
+        self.segments, self.tokens, self.device = segments, tokens, device
+        self._blocks: dict[tuple[int | None, torch.dtype], tuple[list[int], list[Block]]] = {}
 
-    def mask(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What is added to a segment's scores, [queries, keys]; None where plain causal attention is the same."""
-        key = index, window, dtype
-        if key not in self._masks:
-            start, end, prefix_start, prefix_end = self.segments[index]
-            queries, keys = end - start, end - start + prefix_end - prefix_start
-            causal = queries == keys and (window is None or keys <= window)
-            self._masks[key] = None if causal else _mask(queries, keys, window, dtype, self.device)
-        return self._masks[key]
+    def blocks(self, window: int | None, dtype: torch.dtype) -> tuple[list[int], list[Block]]:
+        """Lengths of the pieces that the row's keys are cut into, and the blocks of queries.
+
+        On a CPU a segment's queries are asked a block at a time: of the keys behind the last query of a call, as of
+        those before the first one's window, the kernel computes the scores and then hides them.
+        """
+        if (window, dtype) not in self._blocks:
+            self._blocks[window, dtype] = self._cut(window, dtype)
+        return self._blocks[window, dtype]
+
+    def _cut(self, window: int | None, dtype: torch.dtype) -> tuple[list[int], list[Block]]:
+        spans = []  # of each block: number of queries, and its keys as ranges of the row
+        for start, end, prefix_start, prefix_end in self.segments:
+            prefix, parts = prefix_end - prefix_start, 1
+            if self.device.type == "cpu":
+                parts = max(1, round((end - start) / BLOCK))
+            edges = [start + (end - start) * i // parts for i in range(parts + 1)]
+            for first, last in pairwise(edges):
+                unseen = 0 if window is None else max(0, prefix + first - start - window + 1)
+                before = min(prefix_start + unseen, prefix_end), prefix_end
+                own = start + max(0, unseen - prefix), last
+                spans.append((last - first, [before, own]))
+        edges = sorted({0, self.tokens, *(edge for _, keys in spans for span in keys for edge in span)})
+        piece_at = {edge: index for index, edge in enumerate(edges)}
+        masks: dict[tuple[int, int], Tensor | None] = {}
+        blocks = []
+        for queries, keys in spans:
+            size = queries, sum(end - start for start, end in keys)
+            if size not in masks:
+                causal = size[0] == size[1] and (window is None or size[1] <= window)
+                masks[size] = None if causal else _mask(*size, window, dtype, self.device)
+            pieces = [index for start, end in keys for index in range(piece_at[start], piece_at[end])]
+            blocks.append(Block(queries, pieces, masks[size]))
+        return [after - before for before, after in pairwise(edges)], blocks
 
     @cached_property
     def gather(self) -> Gather:
@@ -98,14 +122,14 @@ def attend(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # One split, because its backward is one concatenation; a slice's is a zero-filled copy of the whole row.
-    keys, values = key.split(plan.cuts), value.split(plan.cuts)
+    cuts, blocks = plan.blocks(window, query.dtype)
+    keys, values = key.split(cuts), value.split(cuts)
     outputs = []
-    for index, q in enumerate(query.split([s.end - s.start for s in plan.segments])):
-        k, v = (torch.cat([side[i] for i in plan.pieces[index]]) for side in (keys, values))
-        mask = plan.mask(index, window, q.dtype)
+    for q, block in zip(query.split([block.queries for block in blocks]), blocks, strict=True):
+        k, v = (torch.cat([side[i] for i in block.pieces]) for side in (keys, values))
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         options: dict[str, Any] = {"scale": scale, "dropout_p": dropout}
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask, is_causal=block.mask is None, **options)
         outputs.append(o[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -191,14 +215,6 @@ def _torch_kernel(varlen_attn: Any) -> Kernel:
         return result
 
     return kernel
-
-
-def _covering(piece_at: dict[int, int], cuts: list[int], start: int, end: int) -> list[int]:
-    pieces = []
-    while start < end:
-        pieces.append(piece_at[start])
-        start += cuts[pieces[-1]]
-    return pieces
 
 
 def _mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
