@@ -4,6 +4,7 @@ second, not in ten."""
 import logging
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 from zephyr import demo
@@ -38,13 +39,16 @@ def check(settings: Settings) -> None:
     for key, source in (("data.train", settings.data.train), ("data.validation", validation(settings))):
         if source is not None:
             _check_source(source, key)
-    if settings.trainer.accelerator == "gpu":
-        import torch  # the one thing here that knows
+    if settings.trainer.accelerator == "gpu" and not _sees_gpu():
+        raise UserError("trainer.accelerator=gpu, but torch sees no GPU. Take auto or cpu, or mend the installation.")
 
-        if not torch.cuda.is_available():
-            raise UserError(
-                "trainer.accelerator=gpu, but torch sees no GPU. Take auto or cpu, or mend the installation."
-            )
+
+def _sees_gpu() -> bool:
+    if version("torch").endswith("+cpu"):  # a build that never does, which is known without loading it
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def finished(settings: Settings) -> bool:
