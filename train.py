@@ -1,10 +1,9 @@
 """Train one stage of a recipe: `python train.py recipe=zephyr-7b-beta stage=dpo objective.beta=0.05`.
 
-The only place that knows Hydra: it composes the configuration, turns it into plain settings, and runs them.
+Composes the configuration (Hydra), turns it into plain settings, and runs them: one run, or a sweep of several.
 """
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,13 +22,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from conf import as_dict, explain
 from zephyr import distributed, early
 from zephyr.errors import Stopped, UserError
 from zephyr.launch import JobFailed, launch
-from zephyr.settings import Settings, nearest, parse
+from zephyr.settings import Settings, parse
 from zephyr.sweep import Direction, Sweep, direction
 
 CONF = "conf"
@@ -48,7 +48,7 @@ def job(cfg: DictConfig, sweep: Sweep | None) -> float | None:
             raise UserError(ONLY_FLAG)
         return start(config)
     except (UserError, OmegaConfBaseException) as error:  # here, because Hydra would announce it too
-        fail(explain(error))
+        fail(explain(error, "train", sys.argv[1:]))
     except JobFailed as error:
         fail(str(error), status=1)
     except Stopped as stopped:
@@ -77,95 +77,6 @@ def start(config: dict[str, Any], apart: bool = False) -> float | None:
         return run(settings, config)
     settled = {"devices": choice.devices} | ({} if choice.strategy == "single" else {"strategy": choice.strategy})
     return launch({**config, "trainer": {**config["trainer"], **settled}}, choice.devices)
-
-
-def as_dict(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration in plain types."""
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
-
-
-def explain(error: Exception) -> str:
-    """A mistake in one or two lines: ours as they are, Hydra's and OmegaConf's in our words, with the nearest name."""
-    text = str(error).strip()
-    if isinstance(error, UserError):
-        return text
-    if match := re.match(r"Could not override '([^']+)'", text):
-        return _unknown(match.group(1).split("@")[0])
-    for argument in sys.argv[1:]:
-        group, _, value = argument.partition("=")
-        choices = _choices(group) if group.isidentifier() else []
-        for choice in value.strip("[]").split(",") if choices else ():
-            if choice not in choices:
-                return f"Unknown {group} {choice!r}. Choose one of: {', '.join(choices)}.{nearest(choice, choices)}"
-    if re.search(r"Could not find 'hydra/(sweeper|launcher)/(optuna|submitit)", text):
-        return "This sweep needs Optuna or submitit: pip install 'zephyr[sweep]'"
-    if match := re.match(r"Ambiguous value for argument '(.*)'", text):
-        return f"{_unreadable(match.group(1))} To run each of several values, add -m."
-    if "override_grammar" in text and (unreadable := _not_an_override()):
-        return _unreadable(unreadable)
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is not set: give {error.full_key}=VALUE."
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {text.splitlines()[0]}."
-    return text
-
-
-def _unknown(name: str) -> str:
-    """What to say of a key that the configuration lacks."""
-    group, _, key = name.rpartition(".")
-    here = _compose()
-    known = OmegaConf.select(here, group) if group else here
-    for stage in _choices("stage"):
-        if _has(_compose(stage), name) or (group and not _has(here, group) and _has(_compose(stage), group)):
-            return f"{name} belongs to stage={stage}, and this run is another stage."
-    if isinstance(known, DictConfig):
-        return f"{group or 'The configuration'} has no key {key!r}.{nearest(key, map(str, known))}"
-    if _has(here, group):
-        whole = " or ".join(_choices(group)) or f"{{{key}: ..., ...}}"
-        return f"{group} is null here, so it has no {key!r}: choose '{group}={whole}'."
-    return f"There is no group {group!r}.{nearest(group, map(str, here))}"
-
-
-def _unreadable(argument: str) -> str:
-    """What to say of an argument that Hydra's grammar refuses."""
-    key, equals, value = argument.partition("=")
-    if not equals:
-        return f"Cannot read {argument!r}: write key=value, in quotes as a whole if the value holds a space."
-    value = value.strip("'\"=")
-    return f"Cannot read {argument!r}. A value with = , ( [ {{ or $ needs two pairs of quotes: '{key}=\"{value}\"'"
-
-
-def _not_an_override() -> str | None:
-    parser = OverridesParser.create()
-    for argument in sys.argv[1:]:
-        try:
-            if not argument.startswith("-"):
-                parser.parse_override(argument)
-        except HydraException:
-            return argument
-    return None
-
-
-def _has(cfg: DictConfig, name: str) -> bool:
-    group, _, key = name.rpartition(".")
-    node = OmegaConf.select(cfg, group) if group else cfg
-    return isinstance(node, DictConfig) and key in list(node)  # `in` the node itself is False for ???
-
-
-def _choices(group: str) -> list[str]:
-    return sorted(path.stem for path in Path(__file__).parent.joinpath(CONF, group).glob("*.yaml"))
-
-
-def _compose(stage: str | None = None) -> DictConfig:
-    """The configuration of the command line's groups alone, or of another stage with them."""
-    chosen = dict(argument.split("=", 1) for argument in sys.argv[1:] if argument.count("=") == 1)
-    known = ["stage", "recipe", "trainer", "logger", "sweep"]
-    if (stage or chosen.get("stage")) == "dpo":
-        known += ["objective", "reference"]
-    groups = {group: chosen[group] for group in known if group in chosen}
-    groups |= {"stage": stage} if stage else {}
-    with hydra.initialize(version_base="1.3", config_path=CONF):
-        return hydra.compose("train", [f"{group}={choice}" for group, choice in groups.items() if "," not in choice])
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -295,7 +206,7 @@ if __name__ == "__main__":
     try:
         main()
     except (HydraException, OmegaConfBaseException, UserError) as error:
-        fail(explain(error))
+        fail(explain(error, "train", sys.argv[1:]))
     except Stopped as stopped:
         stop(stopped, "The same command goes on.")
     except OSError as error:
@@ -305,4 +216,4 @@ if __name__ == "__main__":
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # Hydra's, of logger=null
             raise
-        fail(explain(error))
+        fail(explain(error, "train", sys.argv[1:]))

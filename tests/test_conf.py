@@ -14,12 +14,20 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import conf
 from zephyr import settings
-from zephyr.settings import parse
+from zephyr.prepare import settings as preparations
+from zephyr.prepare import ultrachat, ultrafeedback
+from zephyr.settings import build, parse
 
 ROOT = Path(__file__).parents[1]
 CONF, SNAPSHOTS = ROOT / "conf", ROOT / "tests" / "snapshots"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+PREPARATIONS = {
+    "ultrachat": preparations.Dialogues,
+    "ultrafeedback": preparations.Feedback,
+    "truecaser": preparations.Casing,
+}
 RUNS = list(product(RECIPES, ["sft", "dpo"]))
 
 
@@ -58,7 +66,18 @@ def test_every_option_of_every_group_composes():
             used.add(f"{group}/{option}")
     for recipe, stage in RUNS:
         used |= {f"recipe/{recipe}", f"recipe/{recipe}/{stage}", f"stage/{stage}"}
+    for command, kind in PREPARATIONS.items():
+        build(kind, conf.compose(f"prepare/{command}", ["input=a.jsonl", "output=b"]))
+        used.add(f"prepare/{command}")
     assert files == used
+
+
+@pytest.mark.parametrize(
+    ("kind", "work"),
+    [(preparations.ChatSplits, ultrachat.UltraChat), (preparations.PairSplits, ultrafeedback.UltraFeedback)],
+)
+def test_every_split_has_a_size(kind, work):
+    assert [field.name for field in fields(kind)] == [split.name for split in work.splits]
 
 
 def test_every_setting_is_read_by_the_program():
@@ -67,7 +86,8 @@ def test_every_setting_is_read_by_the_program():
     for path in [ROOT / "train.py", *(ROOT / "zephyr").rglob("*.py")]:
         if path.name != "settings.py":
             read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    kinds = [kind for kind in vars(settings).values() if is_dataclass(kind)]
+    known = {**vars(settings), **vars(preparations)}.values()
+    kinds = [kind for kind in known if is_dataclass(kind) and not kind.__name__.endswith("Splits")]
     assert len(kinds) >= 12
     unread = {f"{kind.__name__}.{field.name}" for kind in kinds for field in fields(kind)} - {
         f"{kind.__name__}.{field.name}" for kind in kinds for field in fields(kind) if field.name in read

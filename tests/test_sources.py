@@ -5,7 +5,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from zephyr.data import sources
 from zephyr.data.sources import BadRow, conversation, files, preference, read
 from zephyr.errors import UserError
 
@@ -156,13 +155,6 @@ def test_a_pair_needs_one_prompt():
 def completion(response, overall=None, **ratings):
     annotations = {aspect: {"Rating": rating} for aspect, rating in ratings.items()}
     return {"response": response, "annotations": annotations, "overall_score": overall}
-
-
-def test_scores_are_means_of_the_aspects_without_na():
-    assert sources.mean_score(completion("x", 10, honesty="N/A", helpfulness="4", truthfulness="5")) == 4.5
-    assert sources.mean_score(completion("x", 7.5)) == 7.5
-    assert sources.mean_score({"response": "x", "fine-grained_score": 3.25, "overall_score": 9}) == 3.25
-    assert sources.mean_score(completion("x", honesty="N/A")) is None
 
 
 def test_raw_feedback_gives_the_best_against_a_seeded_random_other():

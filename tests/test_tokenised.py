@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests import tiny
 from tests.commands import ROOT
 from tests.dying import die
-from zephyr.data import encode, sources, tokenised
+from zephyr.data import encode, pool, sources, tokenised
 from zephyr.data.encode import Options
 from zephyr.data.render import chat_format
 from zephyr.errors import UserError
@@ -141,11 +141,20 @@ def test_bad_rows_are_counted_over_all_pieces(tmp_path: Path, small_pieces: None
     assert (report.rows, report.kept, report.dropped) == (40, 36, {"unusable row": 4})
 
 
+def test_a_line_that_is_no_json_is_a_bad_row_too(tmp_path: Path):
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(lines(*map(chat, range(9))) + b"{\n[]\n" + lines(chat(9)))
+    _, report = conversations(path, tmp_path / "cache", OPTIONS._replace(drop_bad_rows=True))
+    assert (report.rows, report.kept, report.dropped) == (12, 10, {"unusable row": 2})
+    with pytest.raises(UserError, match="chats.jsonl line 10: invalid JSON .*or set data.bad_rows=drop"):
+        conversations(path, tmp_path / "cache")
+
+
 def test_a_small_file_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "chats.jsonl"
     path.write_bytes(lines(*map(chat, range(600))))
     monkeypatch.setattr(encode, "cores", lambda: 8)
-    monkeypatch.setattr(encode, "ProcessPoolExecutor", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda *_: pytest.fail("a process was started"))
     assert len(conversations(path, tmp_path / "cache")[0]) == 600
 
 

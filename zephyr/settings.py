@@ -9,11 +9,13 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from zephyr.errors import UserError
+
+T = typing.TypeVar("T")
 
 
 class Must(typing.NamedTuple):
@@ -230,7 +232,7 @@ def parse(config: dict[str, Any]) -> Settings:
     else:
         config = {"objective": None, "reference": None, **config}
         kinds = {"data": ChatData, "objective": type(None), "reference": type(None)}
-    return typing.cast(Settings, _build(Settings, config, "", kinds))
+    return build(Settings, config, "", kinds)
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
@@ -248,10 +250,11 @@ def _with_options(objective: Any) -> Any:
     return {key: value for key, value in objective.items() if key in common} | {"options": own}
 
 
-def _build(kind: Any, values: Any, where: str, narrowed: dict[str, Any] | None = None) -> Any:
+def build(kind: type[T], values: Any, where: str = "", narrowed: dict[str, Any] | None = None) -> T:
+    """An object of settings from a group of keys. Raises UserError at the first mistake, naming the key."""
     if not isinstance(values, dict):
         raise UserError(f"{where} must be a group of keys, got {values!r}.")
-    names = [field.name for field in fields(kind)]
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
             raise UserError(f"{where or 'The configuration'} has no key {key!r}.{nearest(key, names)}")
@@ -277,9 +280,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         if not must.holds(checked):
             raise UserError(f"{where} must be {must.be}, got {value!r}.")
         return checked
-    if is_dataclass(kind):
-        return _build(kind, value, where)
-    if get_origin(kind) is list:
+    if isinstance(kind, type) and is_dataclass(kind):
+        return build(kind, value, where)
+    if get_origin(kind) in (list, Sequence):
         if not isinstance(value, list):
             raise UserError(f"{where} must be a list, got {value!r}.")
         return [_value(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]

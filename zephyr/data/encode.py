@@ -4,27 +4,28 @@ Imports neither torch nor transformers: each process starts as a fresh interpret
 """
 
 import os
-import signal
-import threading
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from multiprocessing import get_context, parent_process
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from zephyr.data import sources
+from zephyr.data.pool import cores as cores
+from zephyr.data.pool import ordered
 from zephyr.data.sources import Message
 from zephyr.errors import UserError
 
 Ids = np.ndarray  # [tokens] int32
 _AT_ONCE = 32  # rows handed to the tokenizer at once where it has one core: their encodings take 200 bytes a token
 _POOL_FROM = 16  # chunks; fewer are done here before processes have started
+_LOST = (
+    "A process that tokenises the data was killed, perhaps for want of memory. Free some, or let the run "
+    "have fewer CPU cores (taskset)."
+)
 
 
 class Options(NamedTuple):
@@ -181,6 +182,8 @@ class Rows(ABC):
         for row in chunk.rows():
             self.counts["rows"] += 1
             try:
+                if isinstance(row, sources.BadRow):
+                    raise row
                 parsed = self.parse(row)
             except sources.BadRow as error:
                 if not self.options.drop_bad_rows:
@@ -242,10 +245,8 @@ class PairRows(Rows):
         """Its two conversations."""
         pair = sources.preference(row, self.options.seed)
         if pair is None:
-            return "fewer than two scored completions"
+            return "fewer than two different scored completions"
         chosen, rejected = pair
-        if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-            raise sources.BadRow(f"{row[0]}: chosen and rejected must end with an assistant turn.")
         if not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip():
             return "empty completion"
         if chosen == rejected:
@@ -303,46 +304,10 @@ def encoded(
         except Exception as error:  # a damaged file: what was read of it comes before
             failure = error
     if len(first) == _POOL_FROM and failure is None:
-        yield from _pooled(chain(first, waiting), kind, form, options, processes)
+        yield from ordered(_work, chain(first, waiting), processes, _begin, (kind, form, options), _LOST)
         return
     rows = kind(form.encoder(), options, at_once=_AT_ONCE * 16)  # the tokenizer itself takes every core
     yield from map(rows, chain(first, waiting))
-    if failure is not None:
-        raise failure
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _pooled(
-    chunks: Iterator[sources.Chunk], kind: type[Rows], form: Format, options: Options, processes: int
-) -> Generator[Encoded, None, None]:
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (kind, form, options))
-    pending: deque[Future[Encoded]] = deque()
-    failure: Exception | None = None
-    reading = True
-    try:
-        while reading or pending:
-            while reading and len(pending) < 2 * processes:
-                try:
-                    pending.append(pool.submit(_work, next(chunks)))
-                except StopIteration:
-                    reading = False
-                except BrokenProcessPool:
-                    raise
-                except Exception as error:  # a damaged file: what was read of it comes before
-                    reading, failure = False, error
-            if pending:
-                yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "A process that tokenises the data was killed, perhaps for want of memory. Free some, or let the run "
-            "have fewer CPU cores (taskset)."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     if failure is not None:
         raise failure
 
@@ -351,19 +316,9 @@ _rows: Rows  # of a process of the pool
 
 
 def _begin(kind: type[Rows], form: Format, options: Options) -> None:
-    """Start a process of the pool. Ctrl-C is for its parent, and it ends with that one, whatever ends it."""
     global _rows
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _rows = kind(form.encoder(), options, _AT_ONCE)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(chunk: sources.Chunk) -> Encoded:

@@ -24,7 +24,10 @@ from zephyr.data.render import chat_format
 from zephyr.errors import UserError
 
 _HERE = Path(__file__).parent
-_CODE = [_HERE / name for name in ("sources.py", "encode.py", "render.py", "chat.jinja", "tokenised.py")]
+_CODE = [
+    _HERE / name
+    for name in ("messages.py", "binarise.py", "sources.py", "encode.py", "render.py", "chat.jinja", "tokenised.py")
+]
 
 
 class Report(NamedTuple):
