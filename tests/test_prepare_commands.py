@@ -176,7 +176,7 @@ def test_feedback_becomes_pairs(tmp_path: Path) -> None:
 
 
 def test_a_table_counted_on_own_text_is_used(tmp_path: Path) -> None:
-    text = "We met Zorblat at noon. Everyone likes Zorblat, and Zorblat likes the sea. Did you see Zorblat swim?"
+    text = "At noon we met our friend Zorblat near the bridge, where everyone had been waiting since the morning."
     source = written(tmp_path / "text.jsonl", [{"text": text + f" It was day {n}."} for n in range(50)])
     prepare("truecaser", f"input={source}", f"output={tmp_path / 'table.gz'}")
     chat = written(tmp_path / "chat.jsonl", [dialogue("we met zorblat at noon. did everyone like zorblat?")])

@@ -73,6 +73,7 @@ LEFT_ALONE = [
     "Is it so?\nii. Is it practical?",
     "Ask @john about #monday and #paris.",
     "a) The first\nb) The second\ni. The third\nii) The fourth",
+    "Choose one drink for tonight - 1. tea 2. coffee 3. milk and sugar",
     "Steps:\n- preheat the oven\n- mix the flour\n* stir it\n1. wait",
     "My iPhone is on eBay. iPhone users agree.",
     "Fruit, e.g. apples, i.e. the red ones, etc. and so on.",

@@ -164,6 +164,9 @@ class Message:
             if low in AMBIGUOUS or _DOTTED.fullmatch(low):
                 return self.all_lower and next_word in SURE_STARTERS and text[match.start() : match.start() + 2] == ". "
             if low.isdigit() and len(low) <= 2:
+                number = int(low)  # of a list in one line, if the one before or behind is there too
+                if f"{number - 1}. " in text[: match.start()] or f" {number + 1}. " in text[match.end() :]:
+                    return False
                 outside = text[: before.start(1)].rstrip(" \t(")[-1:] if before else ""
                 return outside not in ("", "\n", ":", ".", ";", ",", "!", "?", ")")
             return True
