@@ -1,0 +1,1 @@
+"""Preference data from AI feedback: several models answer a prompt, a judge rates the answers."""

@@ -1,0 +1,300 @@
+"""Asking the models of a pool: each request once, through whichever of a model's servers can take it."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from zephyr.errors import UserError
+from zephyr.feedback.dispatch import BudgetSpent, Dispatcher, Lane, Purse
+from zephyr.feedback.ledger import Ledger
+from zephyr.feedback.pool import Budget, Limits, Model
+from zephyr.feedback.request import Failure, Reply, Request
+from zephyr.feedback.server import Again, Refused
+
+_COMPLETION_TOKENS = 512  # that a completion without a limit is taken to need, for a server's tokens a minute
+
+
+@dataclass
+class Tally:
+    """What this run has done so far."""
+
+    sent: int = 0  # requests, each attempt counted
+    replayed: int = 0  # answers found in the ledger
+    replies: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    cost: float = 0.0  # USD, of replies
+    waste: float = 0.0  # USD, at most, of attempts without one
+    failures: Counter[str] = field(default_factory=Counter)  # by cause
+    retries: Counter[str] = field(default_factory=Counter)  # attempts that failed, by cause
+
+
+@dataclass
+class _Ask:
+    """A request under way."""
+
+    request: Request
+    model: Model
+    body: bytes
+    tokens: float  # set aside at a server with tokens a minute
+    most: float  # USD
+    attempts: int = 0
+    faults: int = 0  # attempts that count against it
+    waste: float = 0.0
+    last: Again | None = None
+
+
+class _Closed(Exception):
+    """The client has been left."""
+
+
+class Client:
+    """`async with Client(pool, ledger, limits, budget) as client: await client.ask(request)`.
+
+    The ledger is the caller's to close, after the client. Raises UserError for a pool that cannot be used: no or two
+    models of a name, a model without a server, an address that is none, a key that is not set.
+    """
+
+    def __init__(
+        self, pool: Sequence[Model], ledger: Ledger, limits: Limits | None = None, budget: Budget | None = None
+    ):
+        self.limits = limits or Limits()
+        self.tally = Tally()
+        self._ledger = ledger
+        self._models = {model.name: model for model in pool}
+        if len(self._models) < len(pool):
+            twice = [name for name, number in Counter(model.name for model in pool).items() if number > 1]
+            raise UserError(f"the pool has two models named {twice[0]!r}. Name them apart.")
+        for model in pool:
+            if not model.servers:
+                raise UserError(f"model {model.name!r} has no server. Give it a base_url.")
+        budget = budget or Budget()
+        if budget.max_cost is not None and all(model.price.prompt == model.price.completion == 0 for model in pool):
+            raise UserError("max_cost is set, but no model has a price. Give prices, or use max_requests.")
+        totals = ledger.totals()
+        self.purse = Purse(budget, sum(t.cost + t.waste for t in totals), sum(t.attempts for t in totals))
+        self._dispatcher = Dispatcher(pool, self.limits, self.purse, set())
+        self._asking: dict[str, asyncio.Task[Reply | Failure]] = {}
+        self._answered: set[str] = set()  # models with a reply in this run
+        self._stopped: Exception | None = None
+        self._stopping = asyncio.Event()
+        self._retrying = AsyncRetrying(
+            sleep=self._sleep,
+            stop=self._gives_up,
+            wait=self._wait,
+            retry=retry_if_exception_type(Again),
+            reraise=True,
+        )
+        self._backoff = wait_random_exponential(multiplier=self.limits.backoff, max=self.limits.longest_wait)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not answered yet."""
+        return self._dispatcher.in_flight
+
+    @property
+    def waiting(self) -> int:
+        """Requests asked for and not in flight: queued, or waiting for another attempt."""
+        return len(self._asking) - self.in_flight
+
+    async def ask(self, request: Request) -> Reply | Failure:
+        """The answer, which is on the disk when this returns; from the ledger where it has been given before.
+
+        Equal requests that are asked at the same time are one. Who is cancelled while he waits leaves the request
+        under way. Raises BudgetSpent, and UserError when a server can answer nothing until somebody mends something;
+        after either nothing more is sent, and every request that is still waiting raises the same.
+        """
+        task = self._asking.get(request.key)
+        if task is None:
+            found = self._ledger.get(request.key)
+            if found is not None:
+                self.tally.replayed += 1
+                return found
+            if self._stopped is not None:
+                raise self._stopped
+            task = asyncio.create_task(self._answer(request))
+            self._asking[request.key] = task
+            task.add_done_callback(lambda task: self._done(request.key, task))
+        return await asyncio.shield(task)
+
+    def _done(self, key: str, task: asyncio.Task[Reply | Failure]) -> None:
+        del self._asking[key]
+        if not task.cancelled():
+            task.exception()  # seen, also where nobody waits for it any more
+
+    async def _answer(self, request: Request) -> Reply | Failure:
+        ask = self._prepared(request)
+        attempts, waste = self._ledger.earlier(request.key)
+        completion: dict[str, Any]
+        seconds: float
+        try:
+            completion, seconds = await self._retrying(self._attempt, ask)
+        except Refused as error:
+            outcome: Reply | Failure = Failure("refused", str(error), attempts + ask.attempts, waste + ask.waste)
+        except (Again, BudgetSpent, UserError, _Closed) as error:
+            if ask.last is None:
+                raise
+            outcome = Failure(ask.last.cause, ask.last.detail, attempts + ask.attempts, waste + ask.waste)
+            if not isinstance(error, Again):
+                await self._ledger.put(request.key, request.model, outcome)  # what was sent counts in the next run too
+                raise
+            self._despair(ask)
+        else:
+            outcome = self._reply(ask, completion, seconds, attempts + ask.attempts, waste + ask.waste)
+        await self._ledger.put(request.key, request.model, outcome)
+        if isinstance(outcome, Failure):
+            self.tally.failures[outcome.cause] += 1
+        else:
+            self.tally.replies += 1
+        return outcome
+
+    def _prepared(self, request: Request) -> _Ask:
+        model = self._models.get(request.model)
+        if model is None:
+            raise UserError(f"model {request.model!r} is not in the pool, which has {', '.join(self._models)}.")
+        body = {"model": model.served_as or model.name, "messages": list(request.messages), **request.parameters}
+        if request.schema is not None and model.structured:
+            schema = {"name": "reply", "schema": request.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        given = request.parameters.get("max_completion_tokens") or request.parameters.get("max_tokens")
+        tokens = request.prompt_bytes / 4 + (given or _COMPLETION_TOKENS)
+        most = model.price.cost(request.prompt_bytes, request.most_completion_tokens)
+        return _Ask(request, model, json.dumps(body).encode(), tokens, most)
+
+    async def _attempt(self, ask: _Ask) -> tuple[dict[str, Any], float]:
+        """Send it once. The completion, and the seconds it took."""
+        loop = asyncio.get_running_loop()
+        lane = await self._dispatcher.acquire(ask.model.name, ask.tokens, ask.most)
+        sent, used = loop.time(), None
+        ask.attempts += 1
+        self.tally.sent += 1
+        try:
+            completion = await lane.server.complete(ask.model, ask.body, ask.request.key)
+            lane.answered()
+            self._answered.add(ask.model.name)
+            prompt, answer, cached = _usage(completion)
+            if prompt is not None and answer is not None:
+                used = prompt + answer
+                self.purse.cost += ask.model.price.cost(prompt, answer, cached or 0)
+            else:
+                self.purse.cost += ask.most
+            return completion, loop.time() - sent
+        except Again as error:
+            ask.last = error
+            self._failed(ask, lane, error, sent, loop.time())
+            raise
+        except Refused:
+            lane.answered()
+            raise
+        except UserError as error:
+            self._stop(error)
+            raise
+        finally:
+            self._dispatcher.release(lane, ask.tokens, used, ask.most)
+
+    def _failed(self, ask: _Ask, lane: Lane, error: Again, sent: float, now: float) -> None:
+        self.tally.retries[error.cause] += 1
+        ask.faults += error.cause != "rate_limited"  # which says nothing about the request
+        if error.billed:
+            ask.waste += ask.most
+            self.tally.waste += ask.most
+            self.purse.cost += ask.most
+        lane.failed(error, sent, now)
+        lanes = self._dispatcher.lanes[ask.model.name]
+        silent = [now - lane.silent_since for lane in lanes if lane.silent_since is not None]
+        if len(silent) == len(lanes) and min(silent) > self.limits.patience:
+            self._stop(_no_answer(ask.model, lanes, f"in {min(silent):.0f} s"))
+
+    def _despair(self, ask: _Ask) -> None:
+        """A request has run out of attempts. Raises UserError where that says more of the servers than of it."""
+        lanes = self._dispatcher.lanes[ask.model.name]
+        if all(lane.silent_since is not None for lane in lanes) and ask.model.name not in self._answered:
+            self._stop(error := _no_answer(ask.model, lanes, f"in {ask.attempts} attempts"))
+            raise error
+
+    def _reply(self, ask: _Ask, completion: dict[str, Any], seconds: float, attempts: int, waste: float) -> Reply:
+        prompt, answer, cached = _usage(completion)
+        cost = None
+        if prompt is not None and answer is not None:
+            cost = ask.model.price.cost(prompt, answer, cached or 0)
+        elif ask.most:
+            waste += ask.most  # nobody says what it cost
+        self.tally.prompt_tokens += prompt or 0
+        self.tally.completion_tokens += answer or 0
+        self.tally.cached_tokens += cached or 0
+        self.tally.cost += cost or 0.0
+        choice = completion["choices"][0]
+        reason = "refusal" if choice["message"].get("refusal") else str(choice.get("finish_reason"))
+        model = str(completion.get("model") or "")
+        text = choice["message"]["content"]
+        return Reply(text, model, reason, prompt, answer, cached, cost, seconds, attempts, waste)
+
+    def _stop(self, error: Exception) -> None:
+        if self._stopped is None:
+            self._stopped = error
+            self._dispatcher.stop(error)
+            self._stopping.set()
+
+    def _gives_up(self, state: RetryCallState) -> bool:
+        return state.args[0].faults >= self.limits.attempts
+
+    def _wait(self, state: RetryCallState) -> float:
+        """Exponential with jitter, and no less than the server asked for, unless another one can be asked."""
+        ask: _Ask = state.args[0]
+        wait = self._backoff(state)
+        if ask.last is None or ask.last.after is None or len(self._dispatcher.lanes[ask.model.name]) > 1:
+            return wait
+        return max(wait, min(ask.last.after, self.limits.longest_wait))
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """What is in flight is paid for, so it is waited for: `drain_seconds`, or to its end after BudgetSpent."""
+        self._stop(_Closed())
+        patient = kind is None or issubclass(kind, BudgetSpent)
+        try:
+            if self._asking:
+                await asyncio.wait(self._asking.values(), timeout=None if patient else self.limits.drain_seconds)
+        finally:
+            tasks = list(self._asking.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for lane in self._dispatcher.all:
+                await lane.server.close()
+
+
+def _usage(completion: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """Tokens of the prompt, of the completion, and of the prompt's those that were cached."""
+    usage = completion.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens"), cached]
+    prompt, answer, cached = (n if isinstance(n, int) and 0 <= n < 2**53 else None for n in counts)
+    return prompt, answer, cached
+
+
+def _no_answer(model: Model, lanes: Sequence[Lane], how_long: str) -> UserError:
+    said = " ".join(sorted({lane.last for lane in lanes}))
+    return UserError(
+        f"no server of model {model.name!r} has answered {how_long}. {said} "
+        "Start it or mend its base_url, then run again: what has been answered is kept."
+    )

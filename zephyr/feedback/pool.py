@@ -1,0 +1,96 @@
+"""Which models there are, where they are served and what they cost; how fast and how much may be asked."""
+
+import os
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from zephyr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Price:
+    """USD per million tokens."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+    cached: float | None = None  # of the prompt's tokens that the server had in its cache; None: as others
+
+    def cost(self, prompt: int, completion: int, cached: int = 0) -> float:
+        """USD for so many tokens; the cached ones are among the prompt's."""
+        rate = self.prompt if self.cached is None else self.cached
+        cached = min(cached, prompt)
+        return ((prompt - cached) * self.prompt + cached * rate + completion * self.completion) / 1e6
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server. Equal endpoints of several models are one server, with one set of limits."""
+
+    base_url: str  # https://host/v1
+    api_key_env: str | None = None  # the environment variable that holds the key; None for a server without keys
+    concurrency: int = 64  # requests in flight
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None  # of prompts and completions
+
+    def check(self) -> None:
+        """Raises UserError where the address is not one, or would carry a secret into files."""
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(f"base_url={self.base_url!r} is no address. Write it as http://host:port/v1.")
+        if url.username or url.password or url.query or url.fragment:
+            raise UserError(
+                f"the base_url of {url.hostname} carries a user name, a password or a query. Give the address alone, "
+                "and put the key into an environment variable named by api_key_env."
+            )
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):
+            raise UserError(
+                f"api_key_env of {self.base_url} is not the name of an environment variable. It must name the "
+                "variable that holds the key (api_key_env: OPENAI_API_KEY), never be the key."
+            )
+
+    def key(self) -> str | None:
+        """The API key. Raises UserError where the variable is not set or holds no key; its value is not shown."""
+        if self.api_key_env is None:
+            return None
+        value = os.environ.get(self.api_key_env, "").strip()
+        if not value:
+            raise UserError(f"{self.base_url} needs a key: set the environment variable {self.api_key_env}.")
+        if not re.fullmatch(r"[!-~]+", value):
+            raise UserError(f"{self.api_key_env} holds blanks or characters that no key has. Set it again.")
+        return value
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the pool."""
+
+    name: str  # in requests and records
+    servers: tuple[Endpoint, ...]
+    served_as: str | None = None  # what its servers call it; None: the name
+    price: Price = Price()
+    structured: bool = True  # its servers take a JSON schema; if not, the schema is not sent
+    answers_as: str | None = None  # the model that replies must name, else they are asked again; None: any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the client."""
+
+    concurrency: int = 64  # requests in flight, all servers together
+    attempts: int = 6  # of a request, before it is a failure; a 429 is none
+    backoff: float = 1.0  # seconds: the n-th wait of a request is drawn from 0 to backoff * 2**n
+    longest_wait: float = 60.0  # seconds, for any wait, also one that a server asks for
+    patience: float = 120.0  # seconds without one answer from any server of a model, after which the run stops
+    connect_seconds: float = 10.0
+    total_seconds: float = 600.0  # of an attempt, to the last byte
+    drain_seconds: float = 5.0  # that replies under way are waited for when the client is left by an exception
+    response_bytes: int = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent, earlier runs with the same ledger included. None: no bound."""
+
+    max_cost: float | None = None  # USD; kept even if every request in flight costs the most it can
+    max_requests: int | None = None  # requests sent, each attempt counted

@@ -1,0 +1,278 @@
+"""One OpenAI-compatible server: a request sent once, and what its answer means.
+
+Every way an attempt can end is one of four: a completion, `Again` (worth another attempt), `Refused` (this request will
+never be answered) and UserError (none will be, until somebody mends something). Retrying is not done here.
+"""
+
+import asyncio
+import email.utils
+import json
+import logging
+import re
+import ssl
+import time
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import httpx2
+import openai
+
+from zephyr.errors import UserError, reason
+from zephyr.feedback.pool import Endpoint, Limits, Model
+
+_DETAIL = 300  # characters of a server's words that are passed on
+_SECRET = re.compile(r"\b(?:Bearer\s+\S+|sk-[\w*.-]+)", re.IGNORECASE)
+_AGAIN = {408: "server_error", 409: "server_error", 425: "server_error", 429: "rate_limited"}
+
+
+class Again(Exception):
+    """An attempt that failed in a way that may pass."""
+
+    def __init__(self, cause: str, detail: str, after: float | None = None, billed: bool = False) -> None:
+        super().__init__(detail)
+        self.cause, self.detail = cause, detail
+        self.after = after  # seconds that the server asked to be left alone
+        self.billed = billed  # the server may have worked, and may charge for it
+
+
+class Refused(Exception):
+    """A request that the server will not answer, now or later."""
+
+
+class Server:
+    """A client of one endpoint. `secrets` are taken out of whatever the server says."""
+
+    def __init__(self, endpoint: Endpoint, limits: Limits, secrets: set[str]) -> None:
+        endpoint.check()
+        self.endpoint = endpoint
+        self.url = endpoint.base_url.rstrip("/")
+        self._secrets = secrets
+        self._answered: set[str] = set()  # models that it has served
+        key = endpoint.key()
+        if key:
+            secrets.add(key)
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it writes a line a request
+        self._transport = _Transport(self.url, key, limits)
+        self._openai = openai.AsyncOpenAI(
+            base_url=self.url,
+            api_key="-",  # the key is the transport's
+            max_retries=0,  # two policies would multiply
+            http_client=httpx2.AsyncClient(transport=self._transport, follow_redirects=False, trust_env=False),
+        )
+
+    async def complete(self, model: Model, body: bytes, key: str) -> dict[str, Any]:
+        """The completion as the server's JSON says it, with a text in its first choice.
+
+        Raises Again, Refused or UserError.
+        """
+        try:
+            options: Any = {"headers": {"X-Client-Request-Id": key}}
+            response = await self._openai.post(
+                "/chat/completions", content=body, options=options, cast_to=httpx2.Response
+            )
+        except openai.APIStatusError as error:
+            await self._refuse(model, error.response)
+        completion = self._parse(model, response.content)
+        self._answered.add(model.name)
+        return completion
+
+    def _parse(self, model: Model, content: bytes) -> dict[str, Any]:
+        try:
+            completion = json.loads(content)
+        except (ValueError, RecursionError):
+            raise Again(
+                "bad_reply", f"{self.url}: a body that is not JSON: {self._cut(content)}", billed=True
+            ) from None
+        try:
+            message = completion["choices"][0]["message"]
+            text = _text(message)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise Again("bad_reply", f"{self.url}: no completion in {self._cut(content)}", billed=True) from None
+        if model.answers_as is not None and completion.get("model") != model.answers_as:
+            named = self._cut(str(completion.get("model")))
+            raise Again("wrong_model", f"{self.url}: {named!r} replied for {model.answers_as!r}", billed=True)
+        message["content"] = text
+        return completion
+
+    async def _refuse(self, model: Model, response: httpx2.Response) -> None:
+        status, said = response.status_code, self._said(response.content)
+        where = f"{self.url} answered {status} for model {model.served_as or model.name!r}: {said}"
+        if status in _AGAIN or status >= 500:
+            if status == 429 and "insufficient_quota" in said:
+                raise UserError(f"{where} Its account has no credit left: add some, then run again to go on.")
+            raise Again(_AGAIN.get(status, "server_error"), where, _retry_after(response.headers))
+        if 300 <= status < 400:
+            host = urlsplit(response.headers.get("location", "")).hostname or "another address"
+            raise UserError(
+                f"{self.url} redirects to {host} ({status}). Redirects are not followed, as they could take prompts "
+                "and key elsewhere: set base_url to the address that answers itself."
+            )
+        if status == 402:
+            raise UserError(f"{where} Its account has no credit left: add some, then run again to go on.")
+        served = model.name in self._answered  # then it is about this request, not about how the pool is set
+        name = self.endpoint.api_key_env
+        if status == 401 or (status == 403 and not served):
+            mend = f"Check the key in {name}." if name else "Set api_key_env to the variable that holds its key."
+            raise UserError(f"{where} {mend}")
+        if status == 404 and not served:
+            raise UserError(f"{where} Check base_url (it usually ends in /v1) and served_as.{await self._models()}")
+        if status == 400 and "response_format" in said:
+            raise UserError(f"{where} It takes no JSON schema: set structured=false for this model.")
+        raise Refused(where)
+
+    async def _models(self) -> str:
+        """What the server lists, to be said beside a name that it does not know."""
+        try:
+            response = await self._openai.get("/models", cast_to=httpx2.Response)
+            names = [str(model["id"]) for model in json.loads(response.content)["data"]]
+        except Exception:  # it was only for a better message
+            return ""
+        return f" The server lists: {self._cut(', '.join(names))}." if names else ""
+
+    def _said(self, content: bytes) -> str:
+        """The message of an error's body, cut and without secrets, as a sentence."""
+        try:
+            error = json.loads(content)["error"]
+            parts = [error.get("message"), error.get("code")] if isinstance(error, dict) else [error]
+            said = " ".join(f"{part}" for part in parts if part)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            said = ""
+        cut = self._cut(said or content) or "nothing more."
+        return cut if cut.endswith((".", "!", "?")) else f"{cut}."
+
+    def _cut(self, said: str | bytes) -> str:
+        text = said[: 8 * _DETAIL].decode("utf-8", "replace") if isinstance(said, bytes) else said[: 8 * _DETAIL]
+        for secret in self._secrets:
+            text = text.replace(secret, "<removed>")
+        text = " ".join("".join(char if char.isprintable() else " " for char in _SECRET.sub("<removed>", text)).split())
+        return text if len(text) <= _DETAIL else text[:_DETAIL] + "..."
+
+    async def close(self) -> None:
+        await self._openai.close()
+
+
+class _Transport(httpx2.AsyncBaseTransport):
+    """aiohttp beneath the openai client: it parses in C, which is half of a request's time.
+
+    It sends a body to one address, with headers of its own: what the openai client takes from the environment
+    (organisation, project, extra headers) and tells about the machine goes nowhere.
+    """
+
+    def __init__(self, url: str, key: str | None, limits: Limits) -> None:
+        self._url, self._limits = url, limits
+        self._headers = {
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",  # a bound on bytes must bound what they unpack to
+            "Content-Type": "application/json",
+            "User-Agent": "zephyr",
+        }
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        parts = urlsplit(url)
+        # a proxy of an https address is a tunnel; one of an http address would read the key
+        secure = parts.scheme == "https" and not urllib.request.proxy_bypass(parts.hostname or "")
+        self._proxy = urllib.request.getproxies().get("https") if secure else None
+        self._session: aiohttp.ClientSession | None = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                # servers commonly close what was idle for 5 s, some in the very moment of the next request
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
+                timeout=aiohttp.ClientTimeout(
+                    total=self._limits.total_seconds, sock_connect=self._limits.connect_seconds
+                ),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+        return self._session
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        url = str(request.url)
+        if not url.startswith(self._url + "/"):
+            raise UserError(f"{self._url}: a request for another address, {request.url.host}, was stopped.")
+        headers: Mapping[str, str] = self._headers
+        if name := request.headers.get("X-Client-Request-Id"):
+            headers = {**headers, "X-Client-Request-Id": name}
+        try:
+            async with self._open().request(
+                request.method,
+                url,
+                data=request.content,
+                headers=headers,
+                proxy=self._proxy,
+                allow_redirects=False,
+            ) as response:
+                return httpx2.Response(
+                    response.status,
+                    headers=[(k, v) for k, v in response.raw_headers if k.lower() in _KEPT],
+                    content=await self._read(response),
+                )
+        except TimeoutError:
+            # where it did not come to a connection nothing was asked
+            raise Again("timed_out", f"{self._url}: no answer in time.", billed=True) from None
+        except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError, ssl.SSLError) as error:
+            raise UserError(f"{self._url}: no secure connection: {reason(error)} Check the address.") from None
+        except aiohttp.ClientConnectorError as error:
+            raise Again("connection", f"{self._url}: no connection: {reason(error)}") from None
+        except (aiohttp.ClientPayloadError, aiohttp.ClientResponseError) as error:
+            raise Again("bad_reply", f"{self._url}: a broken answer: {reason(error)[:_DETAIL]}", billed=True) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise Again("connection", f"{self._url}: the connection broke: {reason(error)}", billed=True) from None
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        bound, chunks, size = self._limits.response_bytes, [], 0
+        while size <= bound and (chunk := await response.content.readany()):
+            chunks.append(chunk)
+            size += len(chunk)
+        if size > bound:
+            response.close()  # not to be read to its end
+            raise Again("too_large", f"{self._url}: an answer of more than {bound:,} bytes.", billed=True)
+        return b"".join(chunks)
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            await asyncio.sleep(0)  # its connections are closed in the loop's next round
+
+
+_KEPT = (b"retry-after", b"date", b"location")
+
+
+def _text(message: dict[str, Any]) -> str:
+    """The text of a message; "" where all of a completion went into what is not shown. Half characters are replaced."""
+    content = message.get("content")
+    if content is None:
+        content = message.get("refusal") or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    if not isinstance(content, str):
+        raise TypeError
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        content = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return content
+
+
+def _retry_after(headers: httpx2.Headers) -> float | None:
+    """Seconds from a Retry-After header: a number, or a date, which is counted from the server's own clock."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value)) if float(value) < float("inf") else None
+    except ValueError:
+        pass
+    try:
+        then = email.utils.parsedate_to_datetime(value).timestamp()
+    except ValueError:
+        return None
+    try:
+        now = email.utils.parsedate_to_datetime(headers.get("date") or "").timestamp()
+    except ValueError:
+        now = time.time()
+    return max(0.0, then - now)
