@@ -126,6 +126,18 @@ def test_a_reply_that_cannot_be_read_is_missing_and_never_a_number():
     assert unread[0]["ratings"] == [None] * 4 and unread[0]["reply"] == "They are all fine."
 
 
+def test_a_critique_that_the_server_cut_has_no_score():
+    """Its 1 may be the beginning of a 10."""
+
+    def alter(ask, reply):
+        cut = Reply(reply.text, reply.model, "length")
+        return cut if ask.aspect == CRITIQUE and ask.order == (1,) else None
+
+    row, failures = kept(structured=False, alter=alter)
+    assert [completion["overall_score"] for completion in row["completions"]] == [8.0, None, 10.0, 2.0]
+    assert [(one["model"], one["aspect"], one["cause"]) for one in failures] == [("bee", "critique", "cut_off")]
+
+
 def test_completions_that_did_not_come_are_neither_shown_nor_in_the_record():
     bad = [Failure("refused", "401"), Reply(" \n", "bee-v1", "length"), Reply("half \ud83d", "cat-v1", "stop")]
     for broken, cause in zip(bad, ["refused", "empty_response", "half_character"], strict=True):

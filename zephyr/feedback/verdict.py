@@ -62,8 +62,7 @@ _RESULT = re.compile(r".*\[RESULT\][\s:]*(?P<value>.*)", re.IGNORECASE)  # Prome
 _BRACKETS = re.compile(rf"\[\[\s*({NUMBER}|{WORD})\s*\]\]", re.IGNORECASE)  # MT-Bench
 _REASON = r"(?:rationale|reason(?:ing)?|explanation|justification|comments?)(?: for (?:the )?rating)?[*_`\"']*\s*:"
 _RATIONALE = re.compile(rf"{_DECORATION}{_REASON}[*_`\s]*", re.IGNORECASE)
-_RATIONALE_BEHIND = re.compile(rf"[\s|,;.*_`-]*\b{_REASON}[*_`\s]*", re.IGNORECASE)
-_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+_RATIONALE_BEHIND = re.compile(rf"\b{_REASON}[*_`\s]*", re.IGNORECASE)
 _FEEDBACK = re.compile(r"[\s#*_]*feedback[*_]*\s*(?::|(?=\n))[*_\s]*", re.IGNORECASE)
 _PAIR = re.compile(rf"\s*\(?({NUMBER})[ ,]+({NUMBER})\)?[ \t]*(?:\n|$)")
 _STATED_PAIR = re.compile(rf"(?:scores are|^output:) \(({NUMBER}), ({NUMBER})\)", re.MULTILINE | re.IGNORECASE)
@@ -145,12 +144,12 @@ def _blocks(
     body: str, noun: str, count: int, top: int, not_applicable: bool, mark: str, finished: bool
 ) -> list[Rated | Unreadable]:
     """A text reply: lines that state a rating and lines that give the reason, under labels."""
-    code = rf"(?:\s*[\[(]?(?P<mark>{re.escape(mark)})[\])]?)?" if mark else "(?P<mark>(?!))?"
-    heading = _heading(noun, code)
-    lines = _lines(body, finished)
+    heading = _heading(noun)
+    stated = _lines(body, finished)
+    lines = [line.replace(f"[{mark}]", "").replace(mark, "") for line in stated] if mark else stated
     found = [heading.match(plain(line)) for line in lines]
-    marked = any(match and match["mark"] for match in found)
-    found = [match if match and (match["mark"] or not marked) else None for match in found]
+    if mark and any(match and mark in line for line, match in zip(stated, found, strict=True)):
+        found = [match if mark in line else None for line, match in zip(stated, found, strict=True)]
     blocks: dict[int, list[str]] = {} if any(found) or count > 1 else {1: []}
     label = 1 if blocks else None  # a single text needs none
     for line, match in zip(lines, found, strict=True):
@@ -169,11 +168,11 @@ def _blocks(
     ]
 
 
-def _heading(noun: str, code: str = "(?P<mark>(?!))?") -> re.Pattern[str]:
+def _heading(noun: str) -> re.Pattern[str]:
     """A block's first line: `Text 1`, `## Text 1:`, `**Text 1** - ...`, `Output for Text 1`, `Rating for Text 1: 4`."""
     return re.compile(
         rf"{_DECORATION}(?:(?:output|evaluation|annotation|assessment|verdict|(?P<kind>rating|score))\s+(?:for|of)\s+)?"
-        rf"[<\[(]?{noun}\s*[#_]?\s*(?P<label>[0-9]+|{WORD})(?!\w)[>\])]?{code}[*_`\"'\s]*"
+        rf"[<\[(]?{noun}\s*[#_]?\s*(?P<label>[0-9]+|{WORD})(?!\w)[>\])]?[*_`\"'\s]*"
         rf"(?:(?P<sign>[:=]|[.)](?=\s|$)|-+(?=\s|$)|\|)[*_`]*\s*|$|(?=(?:rating|score)\b))",
         re.IGNORECASE,
     )
@@ -188,7 +187,7 @@ def _block(lines: list[str], top: int, not_applicable: bool) -> Rated | Unreadab
         stated = statement["value"] if statement else ""
         if statement and (behind := _RATIONALE_BEHIND.search(stated)):
             reasons.append(raw[statement.start("value") + behind.end() :])
-            stated = stated[: behind.start()]
+            stated = stated[: behind.start()].rstrip(" |,;.*_`-")
         if statement and stated and _is_statement(statement, stated, top, not_applicable):
             values.append(rating(stated, top, not_applicable))
         elif not statement or stated:
@@ -253,9 +252,9 @@ def _parsed(reply: str) -> dict[str, Any] | str | Unreadable:
         if not end:
             return Unreadable("unfinished", shown(reply[-120:]))
     body = body.strip()
-    fences = list(_FENCE.finditer(body))
-    if len(fences) == 1 and not any(_states(plain(line)) for line in _lines(body, True)):
-        body = fences[0][1].strip()
+    outside, inside = _fences(body)
+    if len(inside) == 1 and not any(_states(plain(line)) for line in outside):
+        body = inside[0].strip()
     if not body.startswith(("{", '["', "[{")):  # a text may well begin with another bracket
         return body
     try:
@@ -306,11 +305,27 @@ def _lines(body: str, finished: bool) -> list[str]:
     """The lines that may state something: none in code fences, no quotations, and in a reply that was cut not the
     last one. A number alone is joined to the line "Rating:" before it."""
     lines: list[str] = []
-    for line in _FENCE.sub("", body).splitlines()[: None if finished else -1]:
-        if line.strip() and not line.lstrip().startswith(">"):
+    for line in _fences(body)[0][: None if finished else -1]:
+        if line and not line.startswith(">"):
             before = _MARKER.match(plain(lines[-1])) if lines else None
             if before and not before["value"].strip() and is_bare(plain(line)):
-                lines[-1] += f" {line.strip()}"
+                lines[-1] += f" {line}"
             else:
                 lines.append(line)
     return lines
+
+
+def _fences(body: str) -> tuple[list[str], list[str]]:
+    """The lines outside of code fences, and what stands in each of them. One that is never closed is none."""
+    outside: list[str] = []
+    inside: list[str] = []
+    block: list[str] = []  # of an open fence
+    for line in map(str.strip, body.splitlines()):
+        if block and line == "```":
+            inside.append("\n".join(block[1:]))
+            block = []
+        elif block or (line.startswith("```") and "`" not in line[3:]):
+            block.append(line)
+        else:
+            outside.append(line)
+    return outside + block, inside
