@@ -165,7 +165,7 @@ def test_a_mark_depends_on_every_text_and_on_nothing_else():
 
 MARKERS = [
     "<|system|>", "<|user|>", "<|assistant|>", "</s>", "<s>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "[INST]",
-    "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<\uff5cUser\uff5c>", "[SYSTEM_PROMPT]",
+    "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>", "<end_of_turn>", "<think>", "</think>", "<bos>", "<eos>", "<\uff5cUser\uff5c>", "[SYSTEM_PROMPT]",
     "<|start_header_id|>",
 ]  # fmt: skip
 

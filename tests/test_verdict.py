@@ -86,6 +86,7 @@ def test_blocks_and_json_say_the_same():
         assert read_ratings(form, 4, 5, True) == said
     assert read_ratings(f"```\n{BLOCKS}\n```", 4, 5, True) == said
     assert read_ratings(f"<think>Text 1\nRating: 2</think>\n{BLOCKS}", 4, 5, True) == said
+    assert read_ratings(f"<think>It says </think>\nText 1\nRating: 2\nwell</think>\n{BLOCKS}", 4, 5, True) == said
 
 
 @pytest.mark.parametrize(

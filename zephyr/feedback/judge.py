@@ -32,7 +32,7 @@ _LEVEL = re.compile(r"^([1-9])\. \*\*(.+?)\*\*", re.MULTILINE)
 _JOINER = "\u2060"  # no width and no break: what is judged looks as before
 _HALF = re.compile("[\ud800-\udfff]")
 _MARKERS = re.compile(  # the control tokens and turn markers of chat templates
-    r"<(?=[|｜][^<>\n]{1,40}[|｜]>|/?s>|/?(?:bos|eos|pad|unk|start_of_turn|end_of_turn|SPECIAL_\d+)>|</?SYS>>)"  # noqa: RUF001
+    r"<(?=[|｜][^<>\n]{1,40}[|｜]>|/?s>|/?(?:bos|eos|pad|unk|start_of_turn|end_of_turn|think|SPECIAL_\d+)>|</?SYS>>)"  # noqa: RUF001
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK)\])",
     re.IGNORECASE,
 )
