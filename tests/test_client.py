@@ -590,6 +590,46 @@ def test_the_key_is_nowhere_but_in_the_header(tmp_path, monkeypatch, caplog, cap
         assert part not in everything and part.encode() not in files
 
 
+def test_a_key_in_an_answer_is_not_passed_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("POOL_KEY", SECRET)
+    said = Answer(patch={"choices": [{"index": 0, "message": {"content": f"your key is {SECRET}"}}]})
+    with Server(lambda seen: said) as server:
+        (reply,), _ = ask(tmp_path, pool(server, api_key_env="POOL_KEY"), [1])
+    assert reply.text == "your key is <removed>"
+
+
+def test_nothing_is_bought_that_cannot_be_kept(tmp_path):
+    async def run():
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            ledger._database.execute("PRAGMA max_page_count=10")  # as a full disk
+            async with Client(pool(server, concurrency=1), ledger) as client:
+                asks = [client.ask(Request("m", [{"role": "user", "content": f"{n}"}])) for n in range(500)]
+                return await asyncio.gather(*asks, return_exceptions=True)
+
+    with Server(lambda seen: Answer(delay=0.002, patch={"model": "m" * 2000})) as server:
+        outcomes = asyncio.run(run())
+        sent = server.requests.total()
+    replies = [outcome for outcome in outcomes if isinstance(outcome, Reply)]
+    assert {type(outcome) for outcome in outcomes} == {Reply, UserError}
+    assert "database or disk is full" in str(outcomes[-1])
+    assert len(replies) < sent < len(replies) + 20  # one group of commits
+
+
+def test_budget_spent_in_a_task_group_still_waits_for_what_is_in_flight(tmp_path):
+    async def run():
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            limits = Limits(drain_seconds=0.0)
+            client = Client(pool(server), ledger, limits, Budget(max_requests=3))
+            async with client, asyncio.TaskGroup() as group:
+                for n in range(5):
+                    group.create_task(client.ask(request(n)))
+
+    with Server(lambda seen: Answer(delay=0.1)) as server, pytest.raises(ExceptionGroup) as error:
+        asyncio.run(run())
+    assert error.value.subgroup(BudgetSpent)
+    assert recorded(tmp_path) == {request(n).key for n in range(3)}
+
+
 def test_long_and_strange_error_bodies_are_cut(tmp_path):
     with Server(lambda seen: Answer(400, body=b"\x1b[31m\n" + b"x" * 3000)) as server:
         (outcome,), _ = ask(tmp_path, pool(server), [1])

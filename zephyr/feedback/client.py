@@ -118,7 +118,7 @@ class Client:
                 self.tally.replayed += 1
                 return found
             if self._stopped is not None:
-                raise self._stopped
+                raise self._stopped.with_traceback(None)  # it would grow with everyone who is told
             task = asyncio.create_task(self._answer(request))
             self._asking[request.key] = task
             task.add_done_callback(lambda task: self._done(request.key, task))
@@ -135,7 +135,10 @@ class Client:
         completion: dict[str, Any]
         seconds: float
         try:
-            completion, seconds = await self._retrying(self._attempt, ask)
+            try:
+                completion, seconds = await self._attempt(ask)
+            except Again as error:  # tenacity's loop costs a tenth of a request: only those that need it enter it
+                completion, seconds = await self._retrying(self._again, ask, [error])
         except Refused as error:
             outcome: Reply | Failure = Failure("refused", str(error), attempts + ask.attempts, waste + ask.waste)
         except (Again, BudgetSpent, UserError, _Closed) as error:
@@ -143,17 +146,24 @@ class Client:
                 raise
             outcome = Failure(ask.last.cause, ask.last.detail, attempts + ask.attempts, waste + ask.waste)
             if not isinstance(error, Again):
-                await self._ledger.put(request.key, request.model, outcome)  # what was sent counts in the next run too
+                await self._record(request, outcome)  # what was sent counts in the next run too
                 raise
             self._despair(ask)
         else:
             outcome = self._reply(ask, completion, seconds, attempts + ask.attempts, waste + ask.waste)
-        await self._ledger.put(request.key, request.model, outcome)
+        await self._record(request, outcome)
         if isinstance(outcome, Failure):
             self.tally.failures[outcome.cause] += 1
         else:
             self.tally.replies += 1
         return outcome
+
+    async def _record(self, request: Request, outcome: Reply | Failure) -> None:
+        try:
+            await self._ledger.put(request.key, request.model, outcome)
+        except UserError as error:
+            self._stop(error)  # nothing more is bought that cannot be kept
+            raise
 
     def _prepared(self, request: Request) -> _Ask:
         model = self._models.get(request.model)
@@ -198,6 +208,12 @@ class Client:
             raise
         finally:
             self._dispatcher.release(lane, ask.tokens, used, ask.most)
+
+    async def _again(self, ask: _Ask, failed: list[Again]) -> tuple[dict[str, Any], float]:
+        """As `_attempt`, after one that failed before the retrying began: so it begins with a wait."""
+        if failed:
+            raise failed.pop()
+        return await self._attempt(ask)
 
     def _failed(self, ask: _Ask, lane: Lane, error: Again, sent: float, now: float) -> None:
         self.tally.retries[error.cause] += 1
@@ -268,7 +284,8 @@ class Client:
     ) -> None:
         """What is in flight is paid for, so it is waited for: `drain_seconds`, or to its end after BudgetSpent."""
         self._stop(_Closed())
-        patient = kind is None or issubclass(kind, BudgetSpent)
+        group = error if isinstance(error, BaseExceptionGroup) else None
+        patient = kind is None or isinstance(error, BudgetSpent) or bool(group and group.subgroup(BudgetSpent))
         try:
             if self._asking:
                 await asyncio.wait(self._asking.values(), timeout=None if patient else self.limits.drain_seconds)

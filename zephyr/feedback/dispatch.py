@@ -151,7 +151,7 @@ class Dispatcher:
     async def acquire(self, model: str, tokens: float, most: float) -> Lane:
         """A server that may be sent `tokens` at once, for `most` USD at most. Raises what `stop` was given."""
         if self._stopped is not None:
-            raise self._stopped
+            raise self._stopped.with_traceback(None)
         self._number += 1
         waiting = _Waiting(self._number, tokens, most, asyncio.get_running_loop().create_future())
         self._queues[model].append(waiting)

@@ -6,7 +6,6 @@ makes it be paid for again. Commits are made in groups: whatever arrives while o
 
 import asyncio
 import contextlib
-import dataclasses
 import fcntl
 import sqlite3
 import threading
@@ -22,7 +21,11 @@ from zephyr.feedback.request import Failure, Reply
 _APPLICATION = 0x5A655048  # "ZePH" in the file's header, by which a ledger is known
 _VERSION = 1
 # as the fields of Reply stand
-_REPLY = "text,returned_model,finish_reason,prompt_tokens,completion_tokens,cached_tokens,cost,seconds,attempts,waste"
+_FIGURES = (
+    *("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"),
+    *("cost", "seconds", "attempts", "waste"),
+)
+_REPLY = f"text, returned_model, {', '.join(_FIGURES)}"
 # Keys are random, so they stand in an index of their own: rows are appended, however many there are. The text comes
 # last, so that sums over a column need not read it.
 _SCHEMA = """
@@ -146,7 +149,7 @@ class Ledger:
         """As `put`, for many at once, without a loop."""
         now = time.time()
         replies = [
-            (bytes.fromhex(key), now, name, r.model, *dataclasses.astuple(r)[2:], r.text)
+            (bytes.fromhex(key), now, name, r.model, *(getattr(r, field) for field in _FIGURES), r.text)
             for key, name, r in entries
             if isinstance(r, Reply)
         ]

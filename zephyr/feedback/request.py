@@ -28,8 +28,9 @@ class Request:
     @cached_property
     def key(self) -> str:
         """SHA-256 of the request as canonical JSON, in hexadecimal. Numbers that are equal are written alike."""
-        parts = [self.model, list(self.messages), dict(self.parameters), self.schema, self.sample]
-        text = json.dumps(_canonical(parts), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        parameters = {name: _plain(value) for name, value in self.parameters.items()}
+        parts = [self.model, list(self.messages), parameters, self.schema, self.sample]
+        text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -45,12 +46,8 @@ class Request:
         return text + (len(json.dumps(self.schema)) if self.schema else 0)
 
 
-def _canonical(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """1.0 as 1: both ask for the same, whether they come from YAML, a command line or Python."""
-    if isinstance(value, Mapping):
-        return {str(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_canonical(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -13,12 +13,14 @@ import ssl
 import time
 import urllib.request
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import httpx2
 import openai
+import yarl
 
 from zephyr.errors import UserError, reason
 from zephyr.feedback.pool import Endpoint, Limits, Model
@@ -56,7 +58,7 @@ class Server:
             secrets.add(key)
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # it writes a line a request
         self._transport = _Transport(self.url, key, limits)
-        self._openai = openai.AsyncOpenAI(
+        self._openai = _Client(
             base_url=self.url,
             api_key="-",  # the key is the transport's
             max_retries=0,  # two policies would multiply
@@ -94,6 +96,8 @@ class Server:
         if model.answers_as is not None and completion.get("model") != model.answers_as:
             named = self._cut(str(completion.get("model")))
             raise Again("wrong_model", f"{self.url}: {named!r} replied for {model.answers_as!r}", billed=True)
+        for secret in self._secrets:  # a server that writes it into its answers would have it published
+            text = text.replace(secret, "<removed>")
         message["content"] = text
         return completion
 
@@ -154,6 +158,21 @@ class Server:
         await self._openai.close()
 
 
+class _Client(openai.AsyncOpenAI):
+    """The openai client, with its requests built in one step: what it merges, validates and parses for each takes as
+    long as everything else together, and none of it would be sent."""
+
+    @cached_property
+    def chat_url(self) -> httpx2.URL:
+        """Where completions are asked for."""
+        return httpx2.URL(f"{self.base_url}chat/completions")  # openai ends it with a slash
+
+    def _build_request(self, options: Any, *, retries_taken: int = 0) -> httpx2.Request:
+        if options.content is None:
+            return super()._build_request(options, retries_taken=retries_taken)
+        return httpx2.Request("POST", self.chat_url, headers=options.headers, content=options.content)
+
+
 class _Transport(httpx2.AsyncBaseTransport):
     """aiohttp beneath the openai client: it parses in C, which is half of a request's time.
 
@@ -163,6 +182,7 @@ class _Transport(httpx2.AsyncBaseTransport):
 
     def __init__(self, url: str, key: str | None, limits: Limits) -> None:
         self._url, self._limits = url, limits
+        self._addresses = {url + path: yarl.URL(url + path, encoded=True) for path in _PATHS}
         self._headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",  # a bound on bytes must bound what they unpack to
@@ -191,8 +211,8 @@ class _Transport(httpx2.AsyncBaseTransport):
         return self._session
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        url = str(request.url)
-        if not url.startswith(self._url + "/"):
+        url = self._addresses.get(str(request.url))
+        if url is None:
             raise UserError(f"{self._url}: a request for another address, {request.url.host}, was stopped.")
         headers: Mapping[str, str] = self._headers
         if name := request.headers.get("X-Client-Request-Id"):
@@ -211,8 +231,9 @@ class _Transport(httpx2.AsyncBaseTransport):
                     headers=[(k, v) for k, v in response.raw_headers if k.lower() in _KEPT],
                     content=await self._read(response),
                 )
+        except aiohttp.ConnectionTimeoutError:
+            raise Again("timed_out", f"{self._url}: no connection in time.") from None
         except TimeoutError:
-            # where it did not come to a connection nothing was asked
             raise Again("timed_out", f"{self._url}: no answer in time.", billed=True) from None
         except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError, ssl.SSLError) as error:
             raise UserError(f"{self._url}: no secure connection: {reason(error)} Check the address.") from None
@@ -239,6 +260,7 @@ class _Transport(httpx2.AsyncBaseTransport):
             await asyncio.sleep(0)  # its connections are closed in the loop's next round
 
 
+_PATHS = ("/chat/completions", "/models")
 _KEPT = (b"retry-after", b"date", b"location")
 
 
