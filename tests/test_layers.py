@@ -11,6 +11,7 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
     "demo": {"demo", "data.render", "generate", "observe.metrics"},
     "data": {"data"},
     "prepare": {"prepare", "data"},
+    "feedback": {"feedback", "data", "redact"},
     "models": {"models", "data.batch"},
     "objectives": set(),
     "schedule": set(),
