@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from zephyr.data.casing import Table, learn
 from zephyr.data.truecase import DEFAULT_TABLE, Truecaser
+from zephyr.data.truecase.casing import Table, learn
 
 Caser = Callable[[str], str]
 

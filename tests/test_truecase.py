@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import truecasing
-from zephyr.data.casing import Table, learn, merge
-from zephyr.data.mending import KINDS, Change
 from zephyr.data.truecase import DEFAULT_TABLE, Truecaser, faults, truecase
+from zephyr.data.truecase.casing import Table, learn, merge
+from zephyr.data.truecase.mending import KINDS, Change
 from zephyr.errors import UserError
 
 MENDED = [

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zephyr.data import casing, pool, sources
-from zephyr.data.casing import Table
+from zephyr.data import pool, sources
 from zephyr.data.messages import BadRow, Row
 from zephyr.data.sources import Chunk
+from zephyr.data.truecase.casing import Table, learn, merge
 from zephyr.errors import UserError
 from zephyr.prepare.folder import durable
 from zephyr.prepare.settings import Casing
@@ -29,7 +29,7 @@ def run(config: dict[str, Any]) -> Path:
         chunk for path in sources.files(settings.input, "input") for chunk in sources.file_chunks(path, _ROWS, _BYTES)
     )
     tables = pool.ordered(count, pieces, settings.processes or pool.cores(), _begin, (), _LOST)
-    table = casing.merge(tables)
+    table = merge(tables)
     if not table.words:
         raise UserError(f"input: {settings.input} holds no text to count.")
     with durable(output) as path:
@@ -40,7 +40,7 @@ def run(config: dict[str, Any]) -> Path:
 
 def count(chunk: Chunk) -> Table:
     """The counts of a piece; rows that cannot be used are left out."""
-    return casing.learn(text for row in chunk.rows() if not isinstance(row, BadRow) for text in texts(row))
+    return learn(text for row in chunk.rows() if not isinstance(row, BadRow) for text in texts(row))
 
 
 def texts(row: Row) -> Iterator[str]:

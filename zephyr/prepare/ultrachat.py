@@ -9,12 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from zephyr.data.casing import Table
 from zephyr.data.filters import RULES
 from zephyr.data.messages import Message, Row
 from zephyr.data.overlap import Contamination, Signatures
 from zephyr.data.sources import turns
 from zephyr.data.truecase import Truecaser, default
+from zephyr.data.truecase.casing import Table
 from zephyr.prepare import engine
 from zephyr.prepare.settings import Dialogues, deciding, sizes
 from zephyr.prepare.work import Change, Outcome, Split

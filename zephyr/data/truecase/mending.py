@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from zephyr.data.casing import WORD, base
-from zephyr.data.odds import Odds
-from zephyr.data.prose import is_code, kept_spans, may_hold_code
-from zephyr.data.words import (
+from zephyr.data.truecase.casing import WORD, base
+from zephyr.data.truecase.odds import Odds
+from zephyr.data.truecase.prose import is_code, kept_spans, may_hold_code
+from zephyr.data.truecase.words import (
     AMBIGUOUS,
     BEFORE_NUMERAL,
     BEHIND_TITLE,

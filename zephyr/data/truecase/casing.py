@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zephyr.data.prose import is_code, kept_spans
-from zephyr.data.words import NEVER_LAST
+from zephyr.data.truecase.prose import is_code, kept_spans
+from zephyr.data.truecase.words import NEVER_LAST
 from zephyr.errors import UserError
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")

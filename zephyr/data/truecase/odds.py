@@ -1,7 +1,7 @@
 """How surely a word has capitals of its own, by a table of counts and the words beside it."""
 
-from zephyr.data.casing import CASED, Table, logit, smoothed
-from zephyr.data.words import BEGINNINGS, ENDINGS, NOT_NAMES
+from zephyr.data.truecase.casing import CASED, Table, logit, smoothed
+from zephyr.data.truecase.words import BEGINNINGS, ENDINGS, NOT_NAMES
 
 UNSEEN = -9.0  # log-odds, in nats, of a word that is never seen with capitals
 _UNKNOWN, _BEHIND_NAME = -1.5, 3.0  # of one that is not seen at all, and what a name before it adds

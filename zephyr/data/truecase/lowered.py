@@ -2,10 +2,10 @@
 
 import re
 
-from zephyr.data.casing import WORD, base
-from zephyr.data.mending import Message
-from zephyr.data.odds import UNSEEN
-from zephyr.data.words import CLAUSE, DOUBTFUL, ENGLISH, SMALL
+from zephyr.data.truecase.casing import WORD, base
+from zephyr.data.truecase.mending import Message
+from zephyr.data.truecase.odds import UNSEEN
+from zephyr.data.truecase.words import CLAUSE, DOUBTFUL, ENGLISH, SMALL
 
 # In nats. What a name needs where nothing proves that all capitals are lost, and the proof; what it needs where that is
 # proven, in a message whose writer ends it with a mark and in one whose writer does not, and misspells words; what a

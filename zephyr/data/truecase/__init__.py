@@ -9,10 +9,10 @@ import re
 from functools import cache
 from pathlib import Path
 
-from zephyr.data.casing import Table
-from zephyr.data.lowered import LowerMessage
-from zephyr.data.mending import BOUNDARY, CAPITAL, LINE, Change
-from zephyr.data.odds import Odds
+from zephyr.data.truecase.casing import Table
+from zephyr.data.truecase.lowered import LowerMessage
+from zephyr.data.truecase.mending import BOUNDARY, CAPITAL, LINE, Change
+from zephyr.data.truecase.odds import Odds
 
 DEFAULT_TABLE = Path(__file__).with_name("casing.txt.gz")
 
