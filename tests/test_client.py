@@ -559,14 +559,15 @@ def test_proxies_do_not_see_requests_of_plain_addresses(tmp_path, monkeypatch):
         assert reply.text == good(1) and proxy.requests.total() == 0
 
 
-def test_the_key_is_nowhere_but_in_the_header(tmp_path, monkeypatch, caplog, capfd):
+@pytest.mark.parametrize("secret", [SECRET, "of-another-form-9876543210"])
+def test_the_key_is_nowhere_but_in_the_header(tmp_path, monkeypatch, caplog, capfd, secret):
     """A server that says the key back, in every kind of answer; all that is written is searched for it."""
-    monkeypatch.setenv("POOL_KEY", SECRET)
+    monkeypatch.setenv("POOL_KEY", secret)
     caplog.set_level(logging.DEBUG)
-    said = f"bad key Bearer {SECRET} or {SECRET[:9]}***{SECRET[-4:]}".encode()
+    said = f"bad key {secret} or Bearer {secret} or sk-v*******{secret[-4:]}".encode()
 
     def script(seen):
-        assert seen.headers["authorization"] == f"Bearer {SECRET}"
+        assert seen.headers["authorization"] == f"Bearer {secret}"
         number = int(seen.body["messages"][0]["content"].split()[1])
         return [GOOD, Answer(400, body=said), Answer(500, body=said), Answer(body=said)][number]
 
@@ -586,7 +587,7 @@ def test_the_key_is_nowhere_but_in_the_header(tmp_path, monkeypatch, caplog, cap
     everything += caplog.text + "".join(capfd.readouterr())
     files = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert b"question" not in files and b"answer " in files  # the search would find what is there
-    for part in (SECRET, SECRET[-9:], SECRET[:9]):
+    for part in (secret, secret[-9:], secret[:9]):
         assert part not in everything and part.encode() not in files
 
 

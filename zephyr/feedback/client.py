@@ -88,11 +88,11 @@ class Client:
         self._retrying = AsyncRetrying(
             sleep=self._sleep,
             stop=self._gives_up,
-            wait=self._wait,
+            # Retry-After is honoured by the dispatcher: it speaks of the server, not of the request
+            wait=wait_random_exponential(multiplier=self.limits.backoff, max=self.limits.longest_wait),
             retry=retry_if_exception_type(Again),
             reraise=True,
         )
-        self._backoff = wait_random_exponential(multiplier=self.limits.backoff, max=self.limits.longest_wait)
 
     @property
     def in_flight(self) -> int:
@@ -260,14 +260,6 @@ class Client:
 
     def _gives_up(self, state: RetryCallState) -> bool:
         return state.args[0].faults >= self.limits.attempts
-
-    def _wait(self, state: RetryCallState) -> float:
-        """Exponential with jitter, and no less than the server asked for, unless another one can be asked."""
-        ask: _Ask = state.args[0]
-        wait = self._backoff(state)
-        if ask.last is None or ask.last.after is None or len(self._dispatcher.lanes[ask.model.name]) > 1:
-            return wait
-        return max(wait, min(ask.last.after, self.limits.longest_wait))
 
     async def _sleep(self, seconds: float) -> None:
         try:

@@ -79,7 +79,7 @@ class Limits:
 
     concurrency: int = 64  # requests in flight, all servers together
     attempts: int = 6  # of a request, before it is a failure; a 429 is none
-    backoff: float = 1.0  # seconds: the n-th wait of a request is drawn from 0 to backoff * 2**n
+    backoff: float = 1.0  # seconds: the n-th wait of a request is drawn from 0 to backoff * 2**(n - 1)
     longest_wait: float = 60.0  # seconds, for any wait, also one that a server asks for
     patience: float = 120.0  # seconds without one answer from any server of a model, after which the run stops
     connect_seconds: float = 10.0

@@ -236,7 +236,10 @@ class _Transport(httpx2.AsyncBaseTransport):
         except TimeoutError:
             raise Again("timed_out", f"{self._url}: no answer in time.", billed=True) from None
         except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError, ssl.SSLError) as error:
-            raise UserError(f"{self._url}: no secure connection: {reason(error)} Check the address.") from None
+            raise UserError(
+                f"{self._url}: no secure connection: {reason(error)} Check the address, or name its "
+                "authority in SSL_CERT_FILE."
+            ) from None
         except aiohttp.ClientConnectorError as error:
             raise Again("connection", f"{self._url}: no connection: {reason(error)}") from None
         except (aiohttp.ClientPayloadError, aiohttp.ClientResponseError) as error:
