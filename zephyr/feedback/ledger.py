@@ -1,7 +1,8 @@
 """What has been asked and paid for: an SQLite file of replies and failures, keyed by request.
 
 A reply is committed, and synced to the disk, before anything uses it, so neither a killed process nor a lost machine
-makes it be paid for again. Commits are made in groups: whatever arrives while one is under way goes into the next.
+makes it be paid for again. Commits are made in groups, of what arrives within a few milliseconds and while one is under
+way.
 """
 
 import asyncio
@@ -20,6 +21,8 @@ from zephyr.feedback.request import Failure, Reply
 
 _APPLICATION = 0x5A655048  # "ZePH" in the file's header, by which a ledger is known
 _VERSION = 1
+_GROUP_SECONDS = 0.004  # that a reply waits for others: a commit costs as much processor time as a request
+_ROWS = 1000  # of a statement; SQLite takes 32,766 values
 # as the fields of Reply stand
 _FIGURES = (
     *("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"),
@@ -36,6 +39,7 @@ CREATE TABLE replies (
 CREATE TABLE failures (
     key BLOB PRIMARY KEY, at REAL, model TEXT, run INTEGER, cause TEXT, attempts INTEGER, waste REAL, detail TEXT
 );
+CREATE TRIGGER answered AFTER INSERT ON replies BEGIN DELETE FROM failures WHERE key = new.key; END;
 """
 
 
@@ -126,24 +130,26 @@ class Ledger:
         """Returns when the outcome is on the disk. Raises UserError where it cannot be written (a full disk)."""
         done = asyncio.get_running_loop().create_future()
         self._pending.append(((key, model, outcome), done))
-        if not self._committing:
-            self._commit()
+        self._soon()
         await done
+
+    def _soon(self) -> None:
+        if self._pending and not self._committing:
+            self._committing = True
+            asyncio.get_running_loop().call_later(_GROUP_SECONDS, self._commit)
 
     def _commit(self) -> None:
         group, self._pending = self._pending, []
-        self._committing = bool(group)
-        if group:
-            loop = asyncio.get_running_loop()
-            task = loop.run_in_executor(self._thread, self.record, [entry for entry, _ in group])
-            task.add_done_callback(lambda task: self._committed(task, [done for _, done in group]))
+        task = asyncio.get_running_loop().run_in_executor(self._thread, self.record, [entry for entry, _ in group])
+        task.add_done_callback(lambda task: self._committed(task, [done for _, done in group]))
 
     def _committed(self, task: asyncio.Future[None], group: list[asyncio.Future[None]]) -> None:
         error = task.exception()
         for done in group:
             if not done.done():  # who waited may have been cancelled
                 done.set_exception(error) if error else done.set_result(None)
-        self._commit()
+        self._committing = False
+        self._soon()
 
     def record(self, entries: Sequence[Entry]) -> None:
         """As `put`, for many at once, without a loop."""
@@ -160,25 +166,18 @@ class Ledger:
         ]
         with self._lock:
             try:
-                self._database.execute("BEGIN IMMEDIATE")
-                try:
-                    self._insert("replies", replies)
-                    self._insert("failures", failures)
-                    self._database.executemany("DELETE FROM failures WHERE key=?", [row[:1] for row in replies])
-                    self._database.execute("COMMIT")
-                except BaseException:
-                    if self._database.in_transaction:  # a full disk has ended it already
-                        self._database.execute("ROLLBACK")
-                    raise
+                # a reply that stands is never replaced: it is the one that was used
+                self._insert("IGNORE INTO replies", replies)
+                self._insert("REPLACE INTO failures", failures)
             except sqlite3.Error as error:
                 raise UserError(f"the ledger {self.path} cannot be written: {reason(error)}") from error
 
-    def _insert(self, table: str, rows: list[tuple]) -> None:
-        if rows:
-            marks = ",".join("?" * len(rows[0]))
-            # a reply that stands is never replaced: it is the one that was used
-            kind = "IGNORE" if table == "replies" else "REPLACE"
-            self._database.executemany(f"INSERT OR {kind} INTO {table} VALUES ({marks})", rows)
+    def _insert(self, into: str, rows: list[tuple]) -> None:
+        """One statement, which is its own transaction, for many rows: each statement costs two switches of threads."""
+        for start in range(0, len(rows), _ROWS):
+            some = rows[start : start + _ROWS]
+            values = ",".join(["(" + ",".join("?" * len(rows[0])) + ")"] * len(some))
+            self._database.execute(f"INSERT OR {into} VALUES {values}", [value for row in some for value in row])
 
     def entries(self) -> Iterator[Entry]:
         """Every reply in the order of recording, then every failure of any run that has had no reply since."""
