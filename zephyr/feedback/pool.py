@@ -34,7 +34,7 @@ class Endpoint:
     tokens_per_minute: float | None = None  # of prompts and completions
 
     def check(self) -> None:
-        """Raises UserError where the address is not one, or would carry a secret into files."""
+        """Raises UserError where the address is not one, or would carry a secret into files, or nothing may be sent."""
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(f"base_url={self.base_url!r} is no address. Write it as http://host:port/v1.")
@@ -48,6 +48,13 @@ class Endpoint:
                 f"api_key_env of {self.base_url} is not the name of an environment variable. It must name the "
                 "variable that holds the key (api_key_env: OPENAI_API_KEY), never be the key."
             )
+
+        if self.concurrency < 1:
+            raise UserError(f"{self.base_url} has concurrency={self.concurrency}. It must be at least 1.")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            rate = getattr(self, name)
+            if rate is not None and rate <= 0:
+                raise UserError(f"{self.base_url} has {name}={rate}. It must be above 0, or null for no bound.")
 
     def key(self) -> str | None:
         """The API key. Raises UserError where the variable is not set or holds no key; its value is not shown."""
