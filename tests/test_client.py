@@ -219,7 +219,11 @@ def test_a_refused_request_is_a_failure_at_once_and_others_go_on(tmp_path, statu
             "insufficient_quota. Its account has no credit",
         ),
         (Answer(400, body=b'{"error": "no response_format here"}'), "takes no JSON schema: set structured=false"),
-        (Answer(404, body=b'{"detail": "Not Found"}'), r"Check base_url .* The server lists: a, b\.$"),
+        (Answer(404, body=b'{"detail": "Not Found"}'), r"'m': Not Found. Check base_url .* The server lists: a, b\.$"),
+        (
+            Answer(400, body=b"{\"detail\": \"Pinned to 'x'; requested 'm'.\"}"),
+            r"requested 'm'. Check base_url .* lists: a",
+        ),
     ],
 )
 def test_what_no_request_gets_past_stops_the_run(tmp_path, answer, message):

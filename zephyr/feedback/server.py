@@ -103,7 +103,8 @@ class Server:
 
     async def _refuse(self, model: Model, response: httpx2.Response) -> None:
         status, said = response.status_code, self._said(response.content)
-        where = f"{self.url} answered {status} for model {model.served_as or model.name!r}: {said}"
+        asked = model.served_as or model.name
+        where = f"{self.url} answered {status} for model {asked!r}: {said}"
         if status in _AGAIN or status >= 500:
             if status == 429 and "insufficient_quota" in said:
                 raise UserError(f"{where} Its account has no credit left: add some, then run again to go on.")
@@ -121,7 +122,7 @@ class Server:
         if status == 401 or (status == 403 and not served):
             mend = f"Check the key in {name}." if name else "Set api_key_env to the variable that holds its key."
             raise UserError(f"{where} {mend}")
-        if status == 404 and not served:
+        if not served and (status == 404 or (status == 400 and f"'{asked}'" in said)):
             raise UserError(f"{where} Check base_url (it usually ends in /v1) and served_as.{await self._models()}")
         if status == 400 and "response_format" in said:
             raise UserError(f"{where} It takes no JSON schema: set structured=false for this model.")
@@ -139,18 +140,21 @@ class Server:
     def _said(self, content: bytes) -> str:
         """The message of an error's body, cut and without secrets, as a sentence."""
         try:
-            error = json.loads(content)["error"]
-            parts = [error.get("message"), error.get("code")] if isinstance(error, dict) else [error]
+            body = json.loads(content)
+            error = body.get("error", body)  # FastAPI's servers say detail, without an error around it
+            named = isinstance(error, dict)
+            parts = [error.get(name) for name in ("message", "detail", "code")] if named else [error]
             said = " ".join(f"{part}" for part in parts if part)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, AttributeError, RecursionError):
             said = ""
         cut = self._cut(said or content) or "nothing more."
         return cut if cut.endswith((".", "!", "?")) else f"{cut}."
 
     def _cut(self, said: str | bytes) -> str:
-        text = said[: 8 * _DETAIL].decode("utf-8", "replace") if isinstance(said, bytes) else said[: 8 * _DETAIL]
+        text = said.decode("utf-8", "replace") if isinstance(said, bytes) else said
         for secret in self._secrets:
             text = text.replace(secret, "<removed>")
+        text = text[: 8 * _DETAIL]  # only now, or half a secret could stand at the end
         text = " ".join("".join(char if char.isprintable() else " " for char in _SECRET.sub("<removed>", text)).split())
         return text if len(text) <= _DETAIL else text[:_DETAIL] + "..."
 
