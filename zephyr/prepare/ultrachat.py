@@ -15,6 +15,7 @@ from zephyr.data.overlap import Contamination, Signatures
 from zephyr.data.sources import turns
 from zephyr.data.truecase import Truecaser, default
 from zephyr.data.truecase.casing import Table
+from zephyr.data.truecase.mending import applied
 from zephyr.prepare import engine
 from zephyr.prepare.settings import Dialogues, deciding, sizes
 from zephyr.prepare.work import Change, Outcome, Split
@@ -86,7 +87,7 @@ class UltraChat:
             return message
         counts[f"truecased/{role}"] += 1
         counts.update(f"truecased/{role}/{fault.kind}" for fault in faults)
-        mended = self._truecaser.truecase(text)
+        mended = applied(text, faults)
         first = faults[0]
         place = slice(max(0, first.start - _AROUND), first.start + len(first.before) + _AROUND)
         changes.append(Change(f"{role}/{first.kind}", text[place], mended[place]))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zephyr.data.truecase.casing import Table
 from zephyr.data.truecase.lowered import LowerMessage
-from zephyr.data.truecase.mending import BOUNDARY, CAPITAL, LINE, Change
+from zephyr.data.truecase.mending import BOUNDARY, CAPITAL, LINE, Change, applied
 from zephyr.data.truecase.odds import Odds
 
 DEFAULT_TABLE = Path(__file__).with_name("casing.txt.gz")
@@ -31,15 +31,7 @@ class Truecaser:
 
     def truecase(self, text: str) -> str:
         """The text with its lost capitals, of the same length."""
-        changes = self.faults(text)
-        if not changes:
-            return text
-        parts: list[str] = []
-        end = 0
-        for change in changes:
-            parts += (text[end : change.start], change.after)
-            end = change.start + len(change.before)
-        return "".join(parts) + text[end:]
+        return applied(text, self.faults(text))
 
     def faults(self, text: str) -> list[Change]:
         """The changes that `truecase` makes, by position; a word is changed once."""

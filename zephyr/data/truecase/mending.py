@@ -45,8 +45,6 @@ _LABEL_NUMBER = re.compile(r"\d+[:.] |/[A-Z]")
 _DOTTED = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 _PREVIOUS = re.compile(r"([\w.'’&-]+)[\"”’')\]*_]*\Z")
 
-_UNSEEN, _UNKNOWN, _BEHIND_NAME = -9.0, -1.5, 3.0  # nats: never seen with capitals, never seen, that beside a name
-
 
 class Change(NamedTuple):
     """One word's mending: its kind (of KINDS), where it starts, in characters, and the word before and after."""
@@ -55,6 +53,16 @@ class Change(NamedTuple):
     start: int
     before: str
     after: str
+
+
+def applied(text: str, changes: list[Change]) -> str:
+    """The text with these changes, which are in order of their position."""
+    parts: list[str] = []
+    end = 0
+    for change in changes:
+        parts += (text[end : change.start], change.after)
+        end = change.start + len(change.before)
+    return "".join(parts) + text[end:]
 
 
 class Message:
