@@ -52,7 +52,7 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
     "estimate": {"simulate", "models", "data", "observe.throughput", "task", "sft", "dpo", "objectives"},
     "assemble": {"data", "models", "distributed", "estimate", "objectives", "placement", "sft", "dpo", "task"},
     "worker": {"distributed", "run", "worker"},
-    "launch": {"worker", "interruption"},
+    "launch": {"worker", "interruption", "data.pool"},
     "sweep": {"redact", "distributed", "launch"},
 }
 

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from zephyr.data.pool import cores
 from zephyr.errors import Stopped, UserError
 from zephyr.worker import SIGNALS, Outcome, log_file, outcome_file
 
@@ -212,7 +213,7 @@ def _environments(trainer: dict[str, Any], processes: int) -> Iterator[list[dict
         yield [base]
         return
     if trainer["threads"] is None:
-        base.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+        base.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     base |= {"WORLD_SIZE": str(processes * nodes), "LOCAL_WORLD_SIZE": str(processes)}
     if nodes == 1:
         if sys.platform == "linux":
@@ -231,11 +232,6 @@ def _environments(trainer: dict[str, Any], processes: int) -> Iterator[list[dict
     base |= {"NODE_RANK": node, **{name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}}
     first = int(node) * processes
     yield [base | {"RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(processes)]
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -15,9 +15,6 @@ from zephyr.prepare.work import Split
 
 ROWS, GROUP = 100_000, 5_000  # of a file, and of what is read of it at once
 
-# checksums, so that damage to a text is noticed where it would still be Parquet
-_FORMAT = {"compression": "zstd", "compression_level": 3, "write_page_checksum": True}
-
 
 class File(NamedTuple):
     """A file to be written: some rows of a split."""
@@ -72,6 +69,7 @@ class Writer:
             return file.rows
         with (
             durable(path) as temporary,
+            # checksums, so that damage to a text is noticed where it would still be Parquet
             pq.ParquetWriter(
                 temporary, self.schema, compression="zstd", compression_level=3, write_page_checksum=True
             ) as writer,
