@@ -10,8 +10,9 @@ EVERYWHERE = {"zephyr", "zephyr.errors", "zephyr.settings"}
 ALLOWED = {  # part -> parts of the package that it may import, beside errors and settings
     "demo": {"demo", "data.render", "generate", "observe.metrics"},
     "data": {"data"},
-    "prepare": {"prepare", "data"},
-    "feedback": {"feedback", "data", "redact"},
+    "command": set(),
+    "prepare": {"prepare", "data", "command"},
+    "feedback": {"feedback", "data", "redact", "command", "observe.weights_and_biases"},
     "models": {"models", "data.batch"},
     "objectives": set(),
     "schedule": set(),

@@ -266,6 +266,8 @@ def build(kind: type[T], values: Any, where: str = "", narrowed: dict[str, Any] 
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
+    if kind is Any:
+        return value
     if get_origin(kind) in (types.UnionType, typing.Union):
         if value is None and type(None) in get_args(kind):
             return None

@@ -1,17 +1,11 @@
-"""Prepare data: `python -m zephyr.prepare ultrachat input=raw.jsonl output=data/ultrachat`.
-
-A mistake ends with one message and status 2, Ctrl-C with 130, SIGTERM with 143; the same command then goes on.
-"""
+"""Prepare data: `python -m zephyr.prepare ultrachat input=raw.jsonl output=data/ultrachat`."""
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from types import FrameType
-from typing import NoReturn
 
-from zephyr.errors import Stopped, UserError
+from zephyr.command import status
 
 COMMANDS = {
     "ultrachat": "dialogues: truecased, filtered, near-duplicates and evaluation prompts left out",
@@ -30,25 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         said = f"Unknown command {command!r}." if command else "Which data?"
         print(f"Error: {said}\n{usage()}", file=sys.stderr)
         return 2
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
-    try:
-        _chosen(command, arguments[1:])()
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(f"Stopped by {stopped.signal.name}. The same command goes on.", file=sys.stderr)
-        return 128 + stopped.signal
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        if error.errno is None or error.filename is None:
-            raise
-        print(f"Error: {error.strerror}: {error.filename}", file=sys.stderr)
-        return 2
-    return 0
+    return status(lambda: _run(command, arguments[1:]))
 
 
 def usage() -> str:
@@ -58,18 +34,14 @@ def usage() -> str:
     return "\n".join(["Usage: python -m zephyr.prepare COMMAND key=value ...", *lines, "Keys: COMMAND --help"])
 
 
-def _chosen(command: str, overrides: Sequence[str]) -> Callable[[], object]:
-    """What the command line asks for: the one place that knows where configurations come from."""
+def _run(command: str, overrides: Sequence[str]) -> None:
     import conf  # composes with Hydra, which nothing in this package may import
 
     if {"-h", "--help"} & set(overrides):
-        return lambda: print(conf.describe(f"prepare/{command}"))
+        print(conf.describe(f"prepare/{command}"))
+        return
     config = conf.compose(f"prepare/{command}", list(overrides))
-    return lambda: import_module(f"zephyr.prepare.{command}").run(config)
-
-
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(signum)
+    import_module(f"zephyr.prepare.{command}").run(config)
 
 
 if __name__ == "__main__":
