@@ -4,18 +4,34 @@ Both leave the model as they found it, so that they may run in the middle of tra
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from zephyr.data.render import Message
+from zephyr.sampling import Choice, Ends, Sampling
 
 ROWS = 32  # conversations answered at once
 _PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+class Answer(NamedTuple):
+    """What a model was given, and what it wrote."""
+
+    text: str
+    prompt: list[int]  # tokens, without those it lost
+    tokens: list[int]  # without the end-of-turn token
+    end: int | None  # the end-of-turn token; None where it wrote on until it was stopped
 
 
 def generate(
@@ -32,10 +48,22 @@ def generate(
     prompt too long to leave that much room loses its beginning. Sharded models need the same call on every
     rank.
     """
+    return [found.text for found in answer(model, tokenizer, conversations, max_new_tokens, temperature, seed)]
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Answer]:
+    """The same, with the tokens."""
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p=1.0)
     prompts = _prompts(model, tokenizer, conversations, settings)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
+    answers = [Answer("", prompt, [], None) for prompt in prompts]
     with _ready(model) as core, torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for start in range(0, len(order), ROWS):
@@ -44,8 +72,39 @@ def generate(
             outputs = core.generate(**inputs, generation_config=settings)
             for i, ids in zip(rows, outputs[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((n for n, token in enumerate(ids) if token in settings.eos_token_id), len(ids))
-                answers[i] = str(tokenizer.decode(ids[:end], **_PLAIN))
+                text = str(tokenizer.decode(ids[:end], **_PLAIN))
+                answers[i] = Answer(text, prompts[i], ids[:end], ids[end] if end < len(ids) else None)
     return answers
+
+
+def write(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    samplings: Sequence[Sampling],
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[tuple[list[int], bool]]:
+    """The tokens written behind each prompt, and whether an end-of-turn token (not among them) ended them.
+
+    One batch. Each row depends on its own prompt and sampling alone. When `stopped` says so, rows end where they are.
+    """
+    settings = _settings(model, tokenizer, 1, 0.0, 1.0)
+    settings.max_new_tokens = max(row.max_new_tokens for row in samplings)
+    with _ready(model) as core:
+        inputs = _pad(list(prompts), settings.pad_token_id, core.device)
+        width = inputs["input_ids"].shape[1]
+        outputs = core.generate(
+            **inputs,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([Choice(samplings, width, core.device)]),
+            stopping_criteria=StoppingCriteriaList([Ends(samplings, width, core.device, stopped)]),
+        )
+    rows = []
+    for row, ids in zip(samplings, outputs[:, width:].tolist(), strict=True):
+        ids = ids[: row.max_new_tokens]
+        end = next((n for n, token in enumerate(ids) if token in settings.eos_token_id), len(ids))
+        rows.append((ids[:end], end < len(ids)))
+    return rows
 
 
 def stream(
@@ -98,16 +157,25 @@ def stream(
 def _ready(model: Any) -> Iterator[Any]:
     """The transformers model itself, ready to generate; every trace of that is gone afterwards."""
     core = _core(model)
-    modes = [(module, module.training) for module in model.modules()]
     attention, defaults = core.config._attn_implementation, core.generation_config
     try:
-        model.eval()
         core.set_attn_implementation("sdpa")  # the trainer's own attention knows packed rows only
         core.generation_config = GenerationConfig()  # else its values would fill the gaps in ours
-        yield core
+        with evaluating(model):
+            yield core
     finally:
         core.set_attn_implementation(attention)
         core.generation_config = defaults
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; then each of its modules is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
         for module, training in modes:
             module.training = training
 
