@@ -1,0 +1,1 @@
+"""What a trained model is worth: MT-Bench, AlpacaEval, the Open LLM Leaderboard, preference accuracy."""
