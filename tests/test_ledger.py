@@ -20,7 +20,7 @@ def key(number):
     return f"{number:064x}"
 
 
-REPLY = Reply("a\0b \U0001f600 é", "m-0613", "stop", 10, 5, 4, 0.25, 1.5, 2, 0.5)
+REPLY = Reply("a\0b \U0001f600 é", "m-0613", "stop", 10, 5, 4, 0.25, 1.5, 2, 0.5, '{"content": []}')
 BARE = Reply("", "", "length")
 FAILURE = Failure("timed_out", "no answer in time.", 6, 0.125)
 
@@ -109,11 +109,25 @@ def test_a_file_that_is_no_ledger_is_left_alone(tmp_path):
         Ledger(other)
     Ledger(newer).close()
     with sqlite3.connect(newer) as database:
-        database.execute("PRAGMA user_version=2")
+        database.execute("PRAGMA user_version=3")
     with pytest.raises(UserError, match="c.sqlite was written by a newer Zephyr"):
         Ledger(newer)
     with pytest.raises(UserError, match="d.sqlite does not exist"):
         Ledger(tmp_path / "d.sqlite", read_only=True)
+
+
+def test_a_ledger_of_the_first_version_is_read_as_it_is_and_takes_the_new_column_when_written(tmp_path):
+    path = tmp_path / "l.sqlite"
+    with Ledger(path) as ledger:
+        put(ledger, (key(1), "m", BARE))
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE replies DROP COLUMN extra")
+        database.execute("PRAGMA user_version=1")
+    with Ledger(path, read_only=True) as ledger:
+        assert ledger.get(key(1)) == BARE
+    with Ledger(path) as ledger:
+        put(ledger, (key(2), "m", REPLY))
+        assert list(ledger.entries()) == [(key(1), "m", BARE), (key(2), "m", REPLY)]
 
 
 def test_put_returns_only_when_another_connection_can_see_it(tmp_path):

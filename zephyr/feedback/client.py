@@ -250,7 +250,8 @@ class Client:
         reason = "refusal" if choice["message"].get("refusal") else str(choice.get("finish_reason"))
         model = str(completion.get("model") or "")
         text = choice["message"]["content"]
-        return Reply(text, model, reason, prompt, answer, cached, cost, seconds, attempts, waste)
+        extra = json.dumps(choice["logprobs"]) if choice.get("logprobs") else None
+        return Reply(text, model, reason, prompt, answer, cached, cost, seconds, attempts, waste, extra)
 
     def _stop(self, error: Exception) -> None:
         if self._stopped is None:

@@ -95,9 +95,9 @@ def aspect_asks(
     """One request for each aspect, rating all texts (by the completions' numbers). Send the first one ahead: the
     others find its prompt and texts in the server's cache."""
     order = shown_order(prompt, texts, seed, judgement)
-    mark = _mark(prompt, texts)
-    shown = [_fenced(f"Text {place}", texts[number], mark) for place, number in enumerate(order, 1)]
-    shared = "\n\n".join([f"The mark of this request is [{mark}].", _fenced("Prompt", prompt, mark), *shown])
+    mark = mark_of(prompt, texts)
+    shown = [fenced(f"Text {place}", texts[number], mark) for place, number in enumerate(order, 1)]
+    shared = "\n\n".join([f"The mark of this request is [{mark}].", fenced("Prompt", prompt, mark), *shown])
     asks = []
     for aspect in ASPECTS:
         words, schema = ratings_format(rubrics[aspect], len(order), mark, structured)
@@ -118,12 +118,12 @@ def critique_asks(
 ) -> list[Ask]:
     """One request for each text, in the order of the completions' numbers."""
     words, schema = critique_format(rubrics[CRITIQUE], structured)
-    mark = _mark(prompt, texts)
-    start = [rubrics[CRITIQUE].text, words, f"The mark of this request is [{mark}].", _fenced("Prompt", prompt, mark)]
+    mark = mark_of(prompt, texts)
+    start = [rubrics[CRITIQUE].text, words, f"The mark of this request is [{mark}].", fenced("Prompt", prompt, mark)]
     end = f"That was all of it: the text ended at the last line marked [{mark}]. Answer now, in the answer format."
     asks = []
     for number, text in sorted(texts.items()):
-        content = "\n\n".join([*start, _fenced("Text", text, mark), end])
+        content = "\n\n".join([*start, fenced("Text", text, mark), end])
         request = Request(judge, _messages(content), parameters, schema if structured else None)
         asks.append(Ask(request, CRITIQUE, 0, (number,), mark))
     return asks
@@ -181,7 +181,7 @@ def neutral(text: str) -> str:
     return _HALF.sub("\ufffd", _MARKERS.sub(lambda found: found[0] + _JOINER, text))
 
 
-def _mark(prompt: str, texts: Mapping[int, str]) -> str:
+def mark_of(prompt: str, texts: Mapping[int, str]) -> str:
     """12 hexadecimal digits that none of the texts contains. They depend on all texts, so no author can know them."""
     parts = [prompt, *(text for _, text in sorted(texts.items()))]
     attempt = 0
@@ -192,7 +192,8 @@ def _mark(prompt: str, texts: Mapping[int, str]) -> str:
         attempt += 1
 
 
-def _fenced(name: str, text: str, mark: str) -> str:
+def fenced(name: str, text: str, mark: str) -> str:
+    """A text between the two lines that say where it begins and ends."""
     return f"[{mark}] {name} begins\n{neutral(text)}\n[{mark}] {name} ends"
 
 

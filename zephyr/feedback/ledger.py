@@ -20,7 +20,7 @@ from zephyr.errors import UserError, reason
 from zephyr.feedback.request import Failure, Reply
 
 _APPLICATION = 0x5A655048  # "ZePH" in the file's header, by which a ledger is known
-_VERSION = 1
+_VERSION = 2  # 1 had no column `extra`
 _GROUP_SECONDS = 0.004  # that a reply waits for others: a commit costs as much processor time as a request
 _ROWS = 1000  # of a statement; SQLite takes 32,766 values
 # as the fields of Reply stand
@@ -28,13 +28,14 @@ _FIGURES = (
     *("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"),
     *("cost", "seconds", "attempts", "waste"),
 )
-_REPLY = f"text, returned_model, {', '.join(_FIGURES)}"
+_REPLY = f"text, returned_model, {', '.join(_FIGURES)}, extra"
 # Keys are random, so they stand in an index of their own: rows are appended, however many there are. The text comes
 # last, so that sums over a column need not read it.
 _SCHEMA = """
 CREATE TABLE replies (
     key BLOB PRIMARY KEY, at REAL, model TEXT, returned_model TEXT, finish_reason TEXT, prompt_tokens INTEGER,
-    completion_tokens INTEGER, cached_tokens INTEGER, cost REAL, seconds REAL, attempts INTEGER, waste REAL, text TEXT
+    completion_tokens INTEGER, cached_tokens INTEGER, cost REAL, seconds REAL, attempts INTEGER, waste REAL, text TEXT,
+    extra TEXT
 );
 CREATE TABLE failures (
     key BLOB PRIMARY KEY, at REAL, model TEXT, run INTEGER, cause TEXT, attempts INTEGER, waste REAL, detail TEXT
@@ -100,6 +101,7 @@ class Ledger:
         version = self._database.execute("PRAGMA user_version").fetchone()[0]
         if version > _VERSION:
             raise UserError(f"{self.path} was written by a newer Zephyr (version {version} of the ledger). Upgrade.")
+        self._columns = _REPLY if version != 1 else _REPLY.replace("extra", "NULL")
         if read_only:
             return
         self._database.execute("PRAGMA journal_mode=WAL")
@@ -107,10 +109,15 @@ class Ledger:
         if not tables:
             header = f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={_VERSION};"
             self._database.executescript(f"BEGIN;{_SCHEMA}{header}COMMIT;")
+        elif version == 1:
+            added = f"ALTER TABLE replies ADD COLUMN extra TEXT; PRAGMA user_version={_VERSION};"
+            self._database.executescript(f"BEGIN;{added}COMMIT;")
+            self._columns = _REPLY
 
     def get(self, key: str) -> Reply | Failure | None:
         """The reply to a request; or how it failed in this run; None where it is still to be asked."""
-        found = self._reader.execute(f"SELECT {_REPLY} FROM replies WHERE key=?", (bytes.fromhex(key),)).fetchone()
+        query = f"SELECT {self._columns} FROM replies WHERE key=?"
+        found = self._reader.execute(query, (bytes.fromhex(key),)).fetchone()
         if found:
             return Reply(*found)
         failure = self._failure(key)
@@ -155,7 +162,7 @@ class Ledger:
         """As `put`, for many at once, without a loop."""
         now = time.time()
         replies = [
-            (bytes.fromhex(key), now, name, r.model, *(getattr(r, field) for field in _FIGURES), r.text)
+            (bytes.fromhex(key), now, name, r.model, *(getattr(r, field) for field in _FIGURES), r.text, r.extra)
             for key, name, r in entries
             if isinstance(r, Reply)
         ]
@@ -181,7 +188,8 @@ class Ledger:
 
     def entries(self) -> Iterator[Entry]:
         """Every reply in the order of recording, then every failure of any run that has had no reply since."""
-        for key, model, *reply in self._reader.execute(f"SELECT key, model, {_REPLY} FROM replies ORDER BY rowid"):
+        query = f"SELECT key, model, {self._columns} FROM replies ORDER BY rowid"
+        for key, model, *reply in self._reader.execute(query):
             yield key.hex(), model, Reply(*reply)
         query = "SELECT key, model, cause, detail, attempts, waste FROM failures ORDER BY rowid"
         for key, model, *failure in self._reader.execute(query):

@@ -65,6 +65,7 @@ class Reply:
     seconds: float = 0.0  # from sending to the last byte, of the attempt that succeeded
     attempts: int = 1  # requests sent for it, those of earlier failures included
     waste: float = 0.0  # USD, at most, that attempts without an answer may have cost
+    extra: str | None = None  # JSON: log-probabilities as the server gave them, where they were asked for
 
 
 @dataclass(frozen=True)
