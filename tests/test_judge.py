@@ -152,9 +152,9 @@ def test_a_mark_that_a_text_contains_is_drawn_again(monkeypatch):
             return f"{'abc'[self.attempt] * 12}{'f' * 52}"
 
     monkeypatch.setattr(judge.hashlib, "sha256", Digest)
-    assert judge._mark(PROMPT, TEXTS) == "a" * 12
-    assert judge._mark(PROMPT, {0: "it is [AAAAAAAAAAAA], in capitals"}) == "b" * 12
-    assert judge._mark("a" * 12, {0: "b" * 20}) == "c" * 12
+    assert judge.mark_of(PROMPT, TEXTS) == "a" * 12
+    assert judge.mark_of(PROMPT, {0: "it is [AAAAAAAAAAAA], in capitals"}) == "b" * 12
+    assert judge.mark_of("a" * 12, {0: "b" * 20}) == "c" * 12
 
 
 def test_a_mark_depends_on_every_text_and_on_nothing_else():
