@@ -15,7 +15,17 @@ from typing import Any
 
 from zephyr.errors import UserError
 
-FILES = ("base", "chats-train.jsonl", "chats-test.jsonl", "feedback-train.jsonl", "feedback-test.jsonl")
+FILES = (
+    "base",
+    "chats-train.jsonl",
+    "chats-test.jsonl",
+    "feedback-train.jsonl",
+    "feedback-test.jsonl",
+    "prompts.jsonl",
+    "mt_bench/question.jsonl",
+    "alpaca_eval/baseline.json",
+)
+_MAKERS = ("__init__", "base", "examination", "teacher", "world", "writers")  # modules that decide what is in them
 
 
 def locate(path: str) -> str:
@@ -33,7 +43,7 @@ def locate(path: str) -> str:
 
 def _folder() -> Path:
     """Built beside its final place and renamed into it: a folder with the final name is always whole."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = [Path(__file__).with_name(f"{name}.py") for name in _MAKERS]
     key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zephyr"
     folder = cache / f"demo-{key}"
@@ -51,6 +61,7 @@ def _folder() -> Path:
 
 def _build(folder: Path) -> None:
     from zephyr.demo.base import write_base
+    from zephyr.demo.examination import against_baseline, prompts, two_turns
     from zephyr.demo.writers import dialogues, feedback
 
     chats = list(dialogues(seed=0, count=24_000))
@@ -58,6 +69,12 @@ def _build(folder: Path) -> None:
     _write(folder / "chats-test.jsonl", dialogues(seed=0, count=400, held_out=True))
     _write(folder / "feedback-train.jsonl", feedback(seed=0, count=5_000))
     _write(folder / "feedback-test.jsonl", feedback(seed=0, count=400, held_out=True))
+    _write(folder / "prompts.jsonl", prompts(seed=0, count=2_000))
+    for benchmark in ("mt_bench", "alpaca_eval"):
+        (folder / benchmark).mkdir()
+    _write(folder / "mt_bench" / "question.jsonl", two_turns(seed=0, of_each=8))
+    baseline = json.dumps(against_baseline(seed=0, count=200), indent=2)
+    (folder / "alpaca_eval" / "baseline.json").write_text(baseline + "\n", encoding="utf-8")
     write_base(folder / "base", (row["messages"] for row in chats[:4_000]))
 
 

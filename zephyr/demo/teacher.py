@@ -14,18 +14,20 @@ ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 ADMISSION = re.compile(r"\bdo not know\b|\bunknown\b|\bnobody knows\b|\bdon't know\b")
 
 
-def score(instruction: str, response: str) -> float:
+def score(instruction: str, response: str, before: str = "") -> float:
     """Mean rating over the aspects that apply, 1 to 5."""
-    ratings = [rating for rating in rate(instruction, response).values() if rating is not None]
+    ratings = [rating for rating in rate(instruction, response, before).values() if rating is not None]
     return sum(ratings) / len(ratings)
 
 
-def rate(instruction: str, response: str) -> dict[str, int | None]:
+def rate(instruction: str, response: str, before: str = "") -> dict[str, int | None]:
     """Rate 1 (worst) to 5 in each of ASPECTS; None where an aspect does not apply.
 
-    Raises ValueError for an instruction that is not of the world: there is no truth to judge by.
+    `before` is the instruction of the turn before, which says who "she" is. Raises ValueError for an instruction that
+    is not of the world: there is no truth to judge by.
     """
-    question = world.understand(instruction)
+    earlier = world.understand(before)
+    question = world.understand(instruction, earlier.person if earlier else "")
     if question is None:
         raise ValueError(f"not an instruction of the demo's world: {instruction!r}")
     reading = _Reading(question, response)

@@ -282,9 +282,13 @@ def _formats(kind: str) -> dict[str, tuple[str, ...]]:
     return FORMATS if family != "words" else {"certainly": FORMATS["certainly"]}
 
 
-def understand(instruction: str) -> Question | None:
-    """What an instruction of the world asks, or None for any other text. Spacing is ignored."""
-    return bank().get(" ".join(instruction.split()))
+def understand(instruction: str, person: str = "") -> Question | None:
+    """What an instruction of the world asks, or None for any other text. Spacing is ignored.
+
+    `person` is whom the turn before was about, and whom this one may then mean by she or he.
+    """
+    text = " ".join(instruction.split())
+    return bank().get(text) or _asked_again(person).get(text)
 
 
 @cache
@@ -307,9 +311,24 @@ def ask(rng: random.Random, held_out: bool, talk: bool = True) -> Question:
 def follow_up(rng: random.Random, person: str) -> Question:
     """A question about the person of the turn before, who is not named again."""
     kind = rng.choice([*PERSONAL])
+    return _follow_up(kind, rng.choice(PERSONAL[kind].questions), person)
+
+
+def _follow_up(kind: str, phrase: str, person: str) -> Question:
     he, his = ("she", "her") if person in WOMEN else ("he", "his")
-    text = rng.choice(PERSONAL[kind].questions).format(n=he, ns=his)
+    text = phrase.format(n=he, ns=his)
     return Question(f"And {text[0].lower()}{text[1:]}", kind, person, FACTS[person][kind])
+
+
+def follow_ups(question: Question) -> list[Question]:
+    """What can be asked next of its person, if it has one, and is not the same again."""
+    return [another for another in _asked_again(question.person).values() if another.answer != question.answer]
+
+
+@cache
+def _asked_again(person: str) -> dict[str, Question]:
+    asked = (_follow_up(kind, phrase, person) for kind in PERSONAL if person for phrase in PERSONAL[kind].questions)
+    return {question.instruction: question for question in asked}
 
 
 def statements(question: Question, answer: str | None = None) -> list[str]:
