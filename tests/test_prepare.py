@@ -429,6 +429,10 @@ def test_the_same_through_datatrove(tmp_path: Path):
     assert content(run(shared)) == whole
 
 
+def magnitude():
+    return abs
+
+
 def test_little_is_in_flight():
     ahead = []
     taken = iter(range(40))
@@ -438,7 +442,7 @@ def test_little_is_in_flight():
             ahead.append(item)
             yield item
 
-    results = pool.ordered(abs, items(), 2, print, (), "lost")
+    results = pool.ordered(magnitude, items(), 2, "lost")
     for count, result in enumerate(islice(results, 20), 1):
         assert result == count - 1
         assert len(ahead) <= count + 4
@@ -620,11 +624,11 @@ from pathlib import Path
 
 if __name__ == "__main__":
     from tests import preparing as t
-    from zephyr.prepare import __main__ as command, engine, parts
+    from zephyr.command import status
+    from zephyr.prepare import engine, parts
     parts.ROWS = 40
     job = t.job(Path(sys.argv[1]), work=t.Shout(seconds=0.001), processes=2)
-    command._chosen = lambda name, overrides: lambda: engine.run(job)
-    sys.exit(command.main(["ultrachat"]))
+    sys.exit(status(lambda: engine.run(job) and None))
 """
 
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ GOOD = [line(good(number)) for number in range(12)]
 
 @pytest.fixture(autouse=True)
 def handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
 
 
 @pytest.fixture

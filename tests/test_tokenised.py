@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tests.commands import ROOT
-from tests.dying import die
+from tests import dying
 from zephyr.data import encode, pool, sources, tokenised
 from zephyr.data.encode import Options
 from zephyr.data.render import chat_format
@@ -162,7 +162,7 @@ def test_a_killed_process_of_the_pool_is_said(tmp_path: Path, small_pieces: None
     path = tmp_path / "chats.jsonl"
     path.write_bytes(lines(*map(chat, range(60))))
     monkeypatch.setattr(encode, "cores", lambda: 2)
-    monkeypatch.setattr(encode, "_work", die)
+    monkeypatch.setattr(encode, "_alone", dying.worker)
     with pytest.raises(UserError, match="A process that tokenises the data was killed"):
         conversations(path, tmp_path / "cache")
     assert not any((tmp_path / "cache").iterdir())

@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar, NamedTuple
 
@@ -304,7 +305,7 @@ def encoded(
         except Exception as error:  # a damaged file: what was read of it comes before
             failure = error
     if len(first) == _POOL_FROM and failure is None:
-        yield from ordered(_work, chain(first, waiting), processes, _begin, (kind, form, options), _LOST)
+        yield from ordered(partial(_alone, kind, form, options), chain(first, waiting), processes, _LOST)
         return
     rows = kind(form.encoder(), options, at_once=_AT_ONCE * 16)  # the tokenizer itself takes every core
     yield from map(rows, chain(first, waiting))
@@ -312,14 +313,7 @@ def encoded(
         raise failure
 
 
-_rows: Rows  # of a process of the pool
-
-
-def _begin(kind: type[Rows], form: Format, options: Options) -> None:
-    global _rows
+def _alone(kind: type[Rows], form: Format, options: Options) -> Rows:
+    """What encodes in a process of the pool."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    _rows = kind(form.encoder(), options, _AT_ONCE)
-
-
-def _work(chunk: sources.Chunk) -> Encoded:
-    return _rows(chunk)
+    return kind(form.encoder(), options, _AT_ONCE)

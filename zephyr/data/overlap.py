@@ -181,10 +181,10 @@ def _evaluation_files(paths: Sequence[str | Path]) -> Iterator[Path]:
             if not found:
                 raise UserError(f"the folder {path} of evaluation prompts holds no {', '.join(_EVALUATION_SUFFIXES)}.")
             yield from found
-        elif not path.name.endswith(_EVALUATION_SUFFIXES):
-            raise UserError(f"evaluation prompts: {path} is none of {', '.join(_EVALUATION_SUFFIXES)}.")
         elif not path.exists():
             raise UserError(f"evaluation prompts: {path} does not exist.")
+        elif not path.name.endswith(_EVALUATION_SUFFIXES):
+            raise UserError(f"evaluation prompts: {path} is none of {', '.join(_EVALUATION_SUFFIXES)}.")
         else:
             yield path
 

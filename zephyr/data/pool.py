@@ -22,20 +22,15 @@ def cores() -> int:
 
 
 def ordered(
-    work: Callable[[Item], Result],
-    items: Iterator[Item],
-    processes: int,
-    begin: Callable[..., None],
-    arguments: tuple[Any, ...],
-    lost: str,
+    worker: Callable[[], Callable[[Item], Result]], items: Iterator[Item], processes: int, lost: str
 ) -> Generator[Result, None, None]:
-    """`work` of each item, in order, in fresh processes that each call `begin(*arguments)` first.
+    """`worker()` of each item, in order, in fresh processes, each of which makes its worker once.
 
     No more than two items a process are in memory, their results included. What goes wrong is raised where it would be
     without processes: an error of `items` comes behind the results of what was before it. Raises UserError, of the
     text `lost`, when a process is killed.
     """
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (begin, arguments))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (worker,))
     pending: deque[Future[Result]] = deque()
     failure: Exception | None = None
     reading = True
@@ -43,7 +38,7 @@ def ordered(
         while reading or pending:
             while reading and len(pending) < 2 * processes:
                 try:
-                    pending.append(pool.submit(work, next(items)))
+                    pending.append(pool.submit(_work, next(items)))
                 except StopIteration:
                     reading = False
                 except BrokenProcessPool:
@@ -60,11 +55,19 @@ def ordered(
         raise failure
 
 
-def _begin(begin: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+_worker: Callable[[Any], Any]  # of a process of the pool
+
+
+def _begin(worker: Callable[[], Callable[[Any], Any]]) -> None:
     """Start a process of the pool. Ctrl-C is for its parent, and it ends with that one, whatever ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    begin(*arguments)
+    global _worker
+    _worker = worker()
+
+
+def _work(item: Any) -> Any:
+    return _worker(item)
 
 
 def _end_with_parent() -> None:

@@ -4,6 +4,7 @@ The result depends on the input files, the settings and the seed alone; never on
 nor on how often a run was killed.
 """
 
+import functools
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zephyr.data import pool, sources
@@ -154,7 +156,7 @@ def _make(job: Job, folder: Path, files: list[Input], rank: int = 0, world_size:
                 else:
                     shown.skipped(piece.done)
 
-        done: Iterator[Made] = _each(parts.make, missing(), _processes(job), parts.begin, maker)
+        done: Iterator[Made] = _each(maker, missing(), _processes(job))
         with closing(done):  # type: ignore[type-var]
             for made in done:
                 shown.advance(made.rows, made.done)
@@ -174,18 +176,21 @@ def _pieces(files: list[Input], rank: int, world_size: int) -> Iterator[Piece]:
         before += file.size
 
 
-def _each(
-    work: Callable[[Item], Result], items: Iterator[Item], processes: int, begin: Callable[[Any], None], what: Any
-) -> Iterator[Result]:
+def _each(work: Callable[[Item], Result], items: Iterator[Item], processes: int) -> Iterator[Result]:
     """`work` of each item, in order; a single item is done in this process."""
     first = list(islice(items, 2)) if processes > 1 else []
     if len(first) == 2:
         # Arrow's own pools keep what they once had, and would grow with the largest of many rows
         os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-        yield from pool.ordered(work, chain(first, items), processes, begin, (what,), _LOST)
+        yield from pool.ordered(functools.partial(_alone, work), chain(first, items), processes, _LOST)
     else:
-        begin(what)
-        yield from map(work, chain(first, items))
+        yield from map(_alone(work), chain(first, items))
+
+
+def _alone(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """The work, with no threads of Arrow's beside it."""
+    pa.set_cpu_count(1)
+    return work
 
 
 def _finish(job: Job, folder: Path, final: Path, names: list[str]) -> tuple[report.Totals, dict[str, int]]:
@@ -227,7 +232,7 @@ def _finish(job: Job, folder: Path, final: Path, names: list[str]) -> tuple[repo
     totals.kept = inside
     _tell(f"Writing {len(files)} files.", totals.kept)
     processes = _processes(job) if totals.kept > _POOL_FROM else 1
-    for _ in _each(written.write, iter(files), processes, written.begin, writer):
+    for _ in _each(writer, iter(files), processes):
         pass
     return totals, splits
 

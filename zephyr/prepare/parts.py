@@ -158,18 +158,3 @@ def whole(folder: Path, part: str) -> dict[str, Any] | None:
 def _save(path: Path, array: np.ndarray) -> None:
     with durable(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
-
-
-_maker: Maker  # of a process of the pool
-
-
-def begin(maker: Maker) -> None:
-    """Start a process of the pool."""
-    global _maker
-    pa.set_cpu_count(1)
-    _maker = maker
-
-
-def make(piece: Piece) -> Made:
-    """In a process of the pool."""
-    return _maker(piece)

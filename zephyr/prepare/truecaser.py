@@ -1,6 +1,6 @@
 """The truecaser's table, counted anew on your own text."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def run(config: dict[str, Any]) -> Path:
     pieces = (
         chunk for path in sources.files(settings.input, "input") for chunk in sources.file_chunks(path, _ROWS, _BYTES)
     )
-    tables = pool.ordered(count, pieces, settings.processes or pool.cores(), _begin, (), _LOST)
+    tables = pool.ordered(_counter, pieces, settings.processes or pool.cores(), _LOST)
     table = merge(tables)
     if not table.words:
         raise UserError(f"input: {settings.input} holds no text to count.")
@@ -57,5 +57,6 @@ def texts(row: Row) -> Iterator[str]:
         return
 
 
-def _begin() -> None:
-    """Nothing: a process needs only the code."""
+def _counter() -> Callable[[Chunk], Table]:
+    """What counts in a process of the pool: it needs nothing made."""
+    return count

@@ -96,18 +96,3 @@ class Writer:
             left -= len(table)
             if len(table):
                 yield cut(table) if file.split.cut else table
-
-
-_writer: Writer  # of a process of the pool
-
-
-def begin(writer: Writer) -> None:
-    """Start a process of the pool."""
-    global _writer
-    pa.set_cpu_count(1)
-    _writer = writer
-
-
-def write(file: File) -> int:
-    """In a process of the pool."""
-    return _writer(file)
