@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests import tiny
+from tests import dying, tiny
 from tests.commands import ROOT
-from tests import dying
 from zephyr.data import encode, pool, sources, tokenised
 from zephyr.data.encode import Options
 from zephyr.data.render import chat_format

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from zephyr.data.filters import Filters
-from zephyr.prepare.work import Size
+from zephyr.prepare.engine import Job
+from zephyr.prepare.work import Work
 from zephyr.settings import Count, Must, Seed, Text
 
 Rows = Annotated[  # of a split
@@ -102,7 +103,30 @@ class Casing:
     processes: Count | None
 
 
-def deciding(config: dict[str, Any], files: Sequence[str | None]) -> dict[str, Any]:
+def job_of(
+    work: Work,
+    settings: Dialogues | Feedback,
+    config: dict[str, Any],
+    files: Sequence[str | None],
+    similarity: float | None = None,
+) -> Job:
+    """The work with what both kinds of data share. The outcome depends on `files` too; None where one is not set."""
+    return Job(
+        work=work,
+        input=settings.input,
+        output=settings.output,
+        settings=_deciding(config, files),
+        seed=settings.seed,
+        sizes={
+            name: size if size is None or 0 < size < 1 else int(size) for name, size in vars(settings.splits).items()
+        },
+        bad_rows=settings.bad_rows,
+        similarity=similarity,
+        processes=settings.processes,
+    )
+
+
+def _deciding(config: dict[str, Any], files: Sequence[str | None]) -> dict[str, Any]:
     """What of a configuration decides the outcome of a row: with the digests of the files that it names."""
     digests = {}
     for name in filter(None, files):
@@ -115,8 +139,3 @@ def deciding(config: dict[str, Any], files: Sequence[str | None]) -> dict[str, A
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def sizes(splits: ChatSplits | PairSplits) -> dict[str, Size]:
-    """The size of each split: an int of rows, a float of a share, or None."""
-    return {name: size if size is None or 0 < size < 1 else int(size) for name, size in vars(splits).items()}

@@ -17,7 +17,7 @@ from zephyr.data.truecase import Truecaser, default
 from zephyr.data.truecase.casing import Table
 from zephyr.data.truecase.mending import applied
 from zephyr.prepare import engine
-from zephyr.prepare.settings import Dialogues, deciding, sizes
+from zephyr.prepare.settings import Dialogues, job_of
 from zephyr.prepare.work import Change, Outcome, Split
 from zephyr.settings import build
 
@@ -34,17 +34,8 @@ def job(config: dict[str, Any]) -> engine.Job:
     """What a composed configuration asks for, to be run whole or in shares (engine.make_parts). Raises UserError."""
     settings = build(Dialogues, config)
     near = settings.near_duplicates
-    return engine.Job(
-        work=UltraChat(settings),
-        input=settings.input,
-        output=settings.output,
-        settings=deciding(config, [settings.truecase, *settings.decontaminate.files]),
-        seed=settings.seed,
-        sizes=sizes(settings.splits),
-        bad_rows=settings.bad_rows,
-        similarity=None if near is None else near.threshold,
-        processes=settings.processes,
-    )
+    files = [settings.truecase, *settings.decontaminate.files]
+    return job_of(UltraChat(settings), settings, config, files, None if near is None else near.threshold)
 
 
 class UltraChat:

@@ -12,7 +12,7 @@ from zephyr.data.binarise import RULES, Rules, binarise, parse_rejected
 from zephyr.data.messages import Row
 from zephyr.data.overlap import Contamination
 from zephyr.prepare import engine
-from zephyr.prepare.settings import Feedback, deciding, sizes
+from zephyr.prepare.settings import Feedback, job_of
 from zephyr.prepare.ultrachat import MESSAGES, contamination
 from zephyr.prepare.work import Outcome, Split
 from zephyr.settings import build
@@ -26,17 +26,7 @@ def run(config: dict[str, Any]) -> Path:
 def job(config: dict[str, Any]) -> engine.Job:
     """What a composed configuration asks for, to be run whole or in shares (engine.make_parts). Raises UserError."""
     settings = build(Feedback, config)
-    return engine.Job(
-        work=UltraFeedback(settings),
-        input=settings.input,
-        output=settings.output,
-        settings=deciding(config, settings.decontaminate.files),
-        seed=settings.seed,
-        sizes=sizes(settings.splits),
-        bad_rows=settings.bad_rows,
-        similarity=None,
-        processes=settings.processes,
-    )
+    return job_of(UltraFeedback(settings), settings, config, settings.decontaminate.files)
 
 
 class UltraFeedback:
