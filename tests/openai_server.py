@@ -11,6 +11,7 @@ import asyncio
 import email.utils
 import hashlib
 import json
+import re
 import sys
 import threading
 import time
@@ -51,9 +52,27 @@ class Answer:
 
 
 def text_of(body: dict[str, Any]) -> str:
-    """The completion of a request: a pure function of it, so that runs can be compared."""
-    asked = json.dumps([body["messages"], body.get("seed"), body["model"]])
-    return "answer " + hashlib.sha256(asked.encode()).hexdigest()[:12]
+    """The completion of a request: a pure function of it, so that runs can be compared. A judge's, where one is asked
+    for: JSON by the schema, or text in the form that the prompt names."""
+    digest = hashlib.sha256(json.dumps([body["messages"], body.get("seed"), body["model"]]).encode()).hexdigest()
+    schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {})
+    if "properties" in schema:
+        return json.dumps(_filled(schema, digest))
+    asked = body["messages"][-1]["content"]
+    if "# Answer format" not in asked:
+        return "answer " + digest[:12]
+    heads = re.findall(r"^Text [0-9]+ \[[0-9a-f]{12}\]$", asked, re.MULTILINE)
+    blocks = [f"{head}\nRationale: so it is.\nRating: {int(digest[n], 16) % 5 + 1}" for n, head in enumerate(heads)]
+    return "\n\n".join(blocks) or f"It is {digest[:6]}.\n\nOverall Score: {int(digest[0], 16) % 10 + 1}"
+
+
+def _filled(schema: dict[str, Any], digest: str) -> Any:
+    """A value that the schema allows."""
+    if schema["type"] == "object":
+        parts = schema["properties"].items()
+        return {name: _filled(part, hashlib.sha256((name + digest).encode()).hexdigest()) for name, part in parts}
+    choices = schema.get("enum")
+    return choices[int(digest, 16) % len(choices)] if choices else f"so it is, {digest[:6]}"
 
 
 def completion(body: dict[str, Any], **patch: Any) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from zephyr.errors import UserError
-from zephyr.feedback.pool import Endpoint, Limits, Model, Price
-from zephyr.settings import Count, Decay, Must, Portion, Positive, Seed, Text, Wandb, build
+from zephyr.feedback.local import Local
+from zephyr.feedback.pool import Endpoint, Limits, Model, Price, Source
+from zephyr.feedback.replay import Replay, recordings
+from zephyr.settings import Count, Decay, Must, Portion, Positive, Seed, Text, Wandb, build, nearest
 
 
 @dataclass(frozen=True)
@@ -25,28 +28,28 @@ class Backend:
     requests_per_minute: Positive | None
     tokens_per_minute: Positive | None
     price: Price
-    temperature: Decay
-    top_p: Annotated[float, Must("in (0, 1]", lambda value: 0 < value <= 1)]
-    max_tokens: Count
+    temperature: Decay | None
+    top_p: Annotated[float, Must("in (0, 1]", lambda value: 0 < value <= 1)] | None
+    max_tokens: Count | None
     parameters: dict[str, Any]
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The parameters of its requests."""
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_tokens": self.max_tokens,
-            **self.parameters,
-        }
+        """The parameters of its requests. What is null is not sent: some servers refuse what others need."""
+        named = {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
+        return {name: value for name, value in named.items() if value is not None} | self.parameters
 
     def pooled(self) -> Model:
         """The model as the client's pool has it."""
-        servers = tuple(
+        servers: tuple[Source, ...] = tuple(
             Endpoint(url, self.api_key_env, self.concurrency, self.requests_per_minute, self.tokens_per_minute)
             for url in self.base_url
         )
-        return Model(self.name, servers, self.model, self.price, self.structured, self.answers_as)
+        if self.path:
+            servers = (Local(Path(self.path), self.concurrency),)
+        if self.replay:
+            servers = (Replay(self.replay),)
+        return Model(self.name, servers, self.model or self.name, self.price, self.structured, self.answers_as)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Feedback:
     output: Text
     seed: Seed
     limit: Count | None  # the first so many prompts
+    bad_rows: Literal["error", "drop"]  # what to do with a row that holds no prompt
     models: Sequence[Backend]
     completions: Count  # a prompt
     principles: Text | None  # a file in place of ours
@@ -88,7 +92,9 @@ def parse(config: dict[str, Any]) -> Feedback:
     own = {key: judge.pop(key) for key in ("rubrics", "critique", "second")}
     config["judge"] = {"backend": _backend({"name": judge["model"], **judge}, "judge"), **own}
     config["models"] = [
-        _backend(_over(default, entry, f"models[{i}]"), f"models[{i}]") for i, entry in enumerate(models)
+        _backend(one, f"models[{i}]")
+        for i, entry in enumerate(models)
+        for one in _every(_over(default, entry, f"models[{i}]"))
     ]
     return build(Feedback, config)
 
@@ -101,7 +107,17 @@ def backend(values: dict[str, Any], where: str) -> Backend:
 def _over(default: dict[str, Any], entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(entry, dict) or "name" not in entry:
         raise UserError(f"{where} must be a group of keys with a name, got {entry!r}.")
+    for key in entry:
+        if key != "name" and key not in default:
+            raise UserError(f"{where} has no key {key!r}.{nearest(key, ['name', *default])}")
     return {**default, **entry}
+
+
+def _every(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """An entry named * stands for every model that its file of completions holds."""
+    if entry["name"] != "*" or not isinstance(entry["replay"], str):
+        return [entry]
+    return [{**entry, "name": name} for name in sorted(recordings(entry["replay"]))]
 
 
 def _backend(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -114,4 +130,5 @@ def _backend(values: dict[str, Any], where: str) -> dict[str, Any]:
     if len(sources) != 1:
         said = " and ".join(sources) or "none of them"
         raise UserError(f"{where} must have one of base_url, path and replay; it has {said}.")
-    return {**values, "base_url": urls}
+    # only servers take a schema
+    return {**values, "base_url": urls, "structured": values["structured"] and bool(urls)}

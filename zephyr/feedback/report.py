@@ -1,0 +1,119 @@
+"""What a run came to: counts, mean ratings, failures by cause, disagreement, tokens and cost. No text of a prompt."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zephyr.feedback.client import Client
+from zephyr.feedback.judge import ASPECTS
+from zephyr.feedback.ledger import Ledger
+from zephyr.feedback.prompts import Prompts
+from zephyr.feedback.record import Recorded, second_opinions
+
+
+class Account:
+    """Sums over what became of prompts, one after the other."""
+
+    def __init__(self) -> None:
+        self.prompts = self.records = self.left = 0
+        self.models: Counter[str] = Counter()  # completions with a text
+        self.principles: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()  # records
+        self.judges: Counter[str] = Counter()  # judgements, by the name that the server returned
+        self.failures: dict[str, Counter[str]] = defaultdict(Counter)  # stage: cause
+        self._ratings: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0]))
+
+    def add(self, source: str | None, recorded: Recorded | None) -> None:
+        """A prompt; None where the budget did not reach."""
+        self.prompts += 1
+        if recorded is None:
+            self.left += 1
+            return
+        for failure in recorded.failures:
+            self.failures[failure["stage"]][failure["cause"]] += 1
+        if recorded.row is None:
+            return
+        self.records += 1
+        self.sources[recorded.row["source"]] += 1
+        self.judges.update(judgement["judge"] for judgement in recorded.row["judgements"])
+        for one in recorded.row["completions"]:
+            self.models[one["model"]] += 1
+            self.principles[one["principle"]] += 1
+            given = {aspect: one["annotations"].get(aspect, {}).get("Rating", "N/A") for aspect in ASPECTS}
+            values = {aspect: float(rating) for aspect, rating in given.items() if rating != "N/A"}
+            for name, value in {**values, "overall_score": one["overall_score"]}.items():
+                if value is not None:
+                    total = self._ratings[one["model"]][name]
+                    total[0] += value
+                    total[1] += 1
+
+    def report(
+        self,
+        config: dict[str, Any],  # without secrets
+        prompts: Prompts,
+        client: Client,
+        ledger: Ledger,
+        second: str | None,  # the file of records, where they hold two judgements
+        *,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """All of it, as JSON values. `seconds` are those of this run."""
+        tally = client.tally
+        return {
+            "stopped_by": "budget" if self.left else None,
+            "prompts": self.prompts,
+            "records": self.records,
+            "too_few_completions": self.prompts - self.records - self.left,
+            "prompts_left": self.left,
+            "duplicate_prompts": prompts.duplicates,
+            "bad_rows": {"number": prompts.bad, "first": prompts.named},
+            "completions_by_model": _sorted(self.models),
+            "completions_by_principle": _sorted(self.principles),
+            "records_by_source": _sorted(self.sources),
+            "judgements_by_judge": _sorted(self.judges),
+            "mean_ratings": {
+                model: {name: {"mean": total / number, "n": number} for name, (total, number) in sorted(given.items())}
+                for model, given in sorted(self._ratings.items())
+            },
+            "failures": {stage: _sorted(causes) for stage, causes in sorted(self.failures.items())},
+            "second_judgement": None
+            if second is None
+            else {aspect: found._asdict() for aspect, found in second_opinions(_rows(Path(second))).items()},
+            "this_run": {
+                "seconds": round(seconds, 2),
+                "requests_sent": tally.sent,
+                "requests_replayed": tally.replayed,
+                "requests_per_second": round(tally.sent / seconds, 2),
+                "retries": _sorted(tally.retries),
+                "prompt_tokens": tally.prompt_tokens,
+                "completion_tokens": tally.completion_tokens,
+                "cached_tokens": tally.cached_tokens,
+                "cost": tally.cost,
+                "cost_of_failed_attempts": tally.waste,  # at most
+            },
+            "ledger": [total._asdict() for total in ledger.totals()],
+            "config": config,
+        }
+
+    def told(self, report: dict[str, Any], output: Path) -> str:
+        """The last words of a run."""
+        run = report["this_run"]
+        did = f"{run['requests_sent']:,} requests sent, {run['requests_replayed']:,} answers found in the ledger"
+        cost = f", {run['cost'] + run['cost_of_failed_attempts']:.4f} USD" if run["cost"] else ""
+        words = (
+            f"{self.records:,} of {self.prompts:,} prompts recorded ({did}{cost}, {run['seconds']:,.0f} s): {output}"
+        )
+        if failed := sum(causes.total() for causes in self.failures.values()):
+            words += f"\n{failed:,} failures are named in {output}/failures.jsonl."
+        return words
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
