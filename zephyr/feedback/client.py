@@ -42,6 +42,7 @@ class _Ask:
 
     request: Request
     model: Model
+    key: str  # in the ledger
     body: bytes
     tokens: float  # set aside at a server with tokens a minute
     most: float  # USD
@@ -74,7 +75,7 @@ class Client:
             raise UserError(f"the pool has two models named {twice[0]!r}. Name them apart.")
         for model in pool:
             if not model.servers:
-                raise UserError(f"model {model.name!r} has no server. Give it a base_url.")
+                raise UserError(f"model {model.name!r} has no server. Give it a base_url, a path or a replay.")
         budget = budget or Budget()
         if budget.max_cost is not None and all(model.price.prompt == model.price.completion == 0 for model in pool):
             raise UserError("max_cost is set, but no model has a price. Give prices, or use max_requests.")
@@ -111,17 +112,21 @@ class Client:
         under way. Raises BudgetSpent, and UserError when a server can answer nothing until somebody mends something;
         after either nothing more is sent, and every request that is still waiting raises the same.
         """
-        task = self._asking.get(request.key)
+        model = self._models.get(request.model)
+        if model is None:
+            raise UserError(f"model {request.model!r} is not in the pool, which has {', '.join(self._models)}.")
+        key = model.key(request)
+        task = self._asking.get(key)
         if task is None:
-            found = self._ledger.get(request.key)
+            found = self._ledger.get(key)
             if found is not None:
                 self.tally.replayed += 1
                 return found
             if self._stopped is not None:
                 raise self._stopped.with_traceback(None)  # it would grow with everyone who is told
-            task = asyncio.create_task(self._answer(request))
-            self._asking[request.key] = task
-            task.add_done_callback(lambda task: self._done(request.key, task))
+            task = asyncio.create_task(self._answer(self._prepared(request, model, key)))
+            self._asking[key] = task
+            task.add_done_callback(lambda task: self._done(key, task))
         return await asyncio.shield(task)
 
     def _done(self, key: str, task: asyncio.Task[Reply | Failure]) -> None:
@@ -129,9 +134,8 @@ class Client:
         if not task.cancelled():
             task.exception()  # seen, also where nobody waits for it any more
 
-    async def _answer(self, request: Request) -> Reply | Failure:
-        ask = self._prepared(request)
-        attempts, waste = self._ledger.earlier(request.key)
+    async def _answer(self, ask: _Ask) -> Reply | Failure:
+        attempts, waste = self._ledger.earlier(ask.key)
         completion: dict[str, Any]
         seconds: float
         try:
@@ -140,35 +144,32 @@ class Client:
             except Again as error:  # tenacity's loop costs a tenth of a request: only those that need it enter it
                 completion, seconds = await self._retrying(self._again, ask, [error])
         except Refused as error:
-            outcome: Reply | Failure = Failure("refused", str(error), attempts + ask.attempts, waste + ask.waste)
+            outcome: Reply | Failure = Failure(error.cause, str(error), attempts + ask.attempts, waste + ask.waste)
         except (Again, BudgetSpent, UserError, _Closed) as error:
             if ask.last is None:
                 raise
             outcome = Failure(ask.last.cause, ask.last.detail, attempts + ask.attempts, waste + ask.waste)
             if not isinstance(error, Again):
-                await self._record(request, outcome)  # what was sent counts in the next run too
+                self._record(ask, outcome)  # what was sent counts in the next run too
                 raise
             self._despair(ask)
         else:
             outcome = self._reply(ask, completion, seconds, attempts + ask.attempts, waste + ask.waste)
-        await self._record(request, outcome)
+        self._record(ask, outcome)
         if isinstance(outcome, Failure):
             self.tally.failures[outcome.cause] += 1
         else:
             self.tally.replies += 1
         return outcome
 
-    async def _record(self, request: Request, outcome: Reply | Failure) -> None:
+    def _record(self, ask: _Ask, outcome: Reply | Failure) -> None:
         try:
-            await self._ledger.put(request.key, request.model, outcome)
+            self._ledger.put(ask.key, ask.model.name, outcome)
         except UserError as error:
             self._stop(error)  # nothing more is bought that cannot be kept
             raise
 
-    def _prepared(self, request: Request) -> _Ask:
-        model = self._models.get(request.model)
-        if model is None:
-            raise UserError(f"model {request.model!r} is not in the pool, which has {', '.join(self._models)}.")
+    def _prepared(self, request: Request, model: Model, key: str) -> _Ask:
         body = {"model": model.served_as or model.name, "messages": list(request.messages), **request.parameters}
         if request.schema is not None and model.structured:
             schema = {"name": "reply", "schema": request.schema, "strict": True}
@@ -176,7 +177,7 @@ class Client:
         given = request.parameters.get("max_completion_tokens") or request.parameters.get("max_tokens")
         tokens = request.prompt_bytes / 4 + (given or _COMPLETION_TOKENS)
         most = model.price.cost(request.prompt_bytes, request.most_completion_tokens)
-        return _Ask(request, model, json.dumps(body).encode(), tokens, most)
+        return _Ask(request, model, key, json.dumps(body).encode(), tokens, most)
 
     async def _attempt(self, ask: _Ask) -> tuple[dict[str, Any], float]:
         """Send it once. The completion, and the seconds it took."""

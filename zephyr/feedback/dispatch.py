@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from zephyr.feedback.pool import Budget, Endpoint, Limits, Model
-from zephyr.feedback.server import Again, Server
+from zephyr.feedback.pool import Answering, Budget, Limits, Model, Source
+from zephyr.feedback.server import Again
 
 _OPENS = 3  # failures in a row after which a server is left alone for a while
 
@@ -47,7 +47,7 @@ class Bucket:
 class Lane:
     """What is known of a server: its load, its rates, how it has been doing."""
 
-    server: Server
+    server: Answering
     limits: Limits
     in_flight: int = 0
     window: int = 0  # requests that it may have in flight now: cut by 429, found again by answers
@@ -135,10 +135,10 @@ class Dispatcher:
 
     def __init__(self, pool: Iterable[Model], limits: Limits, purse: Purse, secrets: set[str]) -> None:
         pool = list(pool)
-        endpoints: dict[Endpoint, Lane] = {}
+        endpoints: dict[Source, Lane] = {}
         for endpoint in (endpoint for model in pool for endpoint in model.servers):
             if endpoint not in endpoints:
-                endpoints[endpoint] = Lane(Server(endpoint, limits, secrets), limits)
+                endpoints[endpoint] = Lane(endpoint.open(limits, secrets), limits)
         self.all = list(endpoints.values())
         self.lanes = {model.name: [endpoints[endpoint] for endpoint in model.servers] for model in pool}
         self._queues: dict[str, deque[_Waiting]] = {model.name: deque() for model in pool}

@@ -1,11 +1,14 @@
-"""Which models there are, where they are served and what they cost; how fast and how much may be asked."""
+"""Which models there are, what answers for them and what they cost; how fast and how much may be asked."""
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from zephyr.errors import UserError
+from zephyr.feedback.request import Request
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,59 @@ class Price:
         return ((prompt - cached) * self.prompt + cached * rate + completion * self.completion) / 1e6
 
 
+class Answering(Protocol):
+    """A source that has been opened."""
+
+    @property
+    def endpoint(self) -> "Source": ...
+
+    async def complete(self, model: "Model", body: bytes, key: str) -> dict[str, Any]:
+        """The completion that a request's body asks for, with a text in its first choice, as OpenAI's servers say it.
+
+        Raises Again, Refused or UserError, of zephyr.feedback.server and zephyr.errors.
+        """
+
+    async def close(self) -> None:
+        """Nothing more is asked."""
+
+
+class Source(Protocol):
+    """What answers for a model: a server (Endpoint), a model in this process (Local), a file (Replay).
+
+    Equal sources of several models are opened once, with one set of limits.
+    """
+
+    @property
+    def concurrency(self) -> int: ...
+    @property
+    def requests_per_minute(self) -> float | None: ...
+    @property
+    def tokens_per_minute(self) -> float | None: ...
+
+    @property
+    def identity(self) -> str:
+        """What tells it from another one that stands behind the same name; "" where the name alone is known."""
+
+    def open(self, limits: "Limits", secrets: set[str]) -> Answering:
+        """Raises UserError where it cannot be used. `secrets` are added to, and taken out of whatever is said."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible server. Equal endpoints of several models are one server, with one set of limits."""
+    """An OpenAI-compatible server."""
 
     base_url: str  # https://host/v1
     api_key_env: str | None = None  # the environment variable that holds the key; None for a server without keys
     concurrency: int = 64  # requests in flight
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None  # of prompts and completions
+    identity = ""  # a model may have several servers
+
+    def open(self, limits: "Limits", secrets: set[str]) -> Answering:
+        """A client of it."""
+        from zephyr.feedback.server import Server
+
+        return Server(self, limits, secrets)
 
     def check(self) -> None:
         """Raises UserError where the address is not one, or would carry a secret into files, or nothing may be sent."""
@@ -73,11 +120,16 @@ class Model:
     """A model of the pool."""
 
     name: str  # in requests and records
-    servers: tuple[Endpoint, ...]
+    servers: tuple[Source, ...]
     served_as: str | None = None  # what its servers call it; None: the name
     price: Price = Price()
     structured: bool = True  # its servers take a JSON schema; if not, the schema is not sent
     answers_as: str | None = None  # the model that replies must name, else they are asked again; None: any
+
+    def key(self, request: Request) -> str:
+        """By which the ledger knows a request of this model: other weights behind its name are another model."""
+        known = "".join(source.identity for source in self.servers)
+        return hashlib.sha256(f"{known} {request.key}".encode()).hexdigest() if known else request.key
 
 
 @dataclass(frozen=True)

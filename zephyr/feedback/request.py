@@ -73,7 +73,8 @@ class Failure:
     """Why there is no answer. Final for this run; the next one asks again.
 
     Causes: timed_out, connection, rate_limited, server_error (408, 409, 425, 5xx), bad_reply (cut off or not what
-    an OpenAI-compatible server says), too_large, wrong_model, refused (another 4xx).
+    an OpenAI-compatible server says), too_large, wrong_model, refused (another 4xx; a prompt that a model in this
+    process cannot take), not_recorded (in a file of completions).
     """
 
     cause: str

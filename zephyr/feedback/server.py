@@ -41,7 +41,11 @@ class Again(Exception):
 
 
 class Refused(Exception):
-    """A request that the server will not answer, now or later."""
+    """A request that will not be answered, now or later."""
+
+    def __init__(self, detail: str, cause: str = "refused") -> None:
+        super().__init__(detail)
+        self.cause = cause
 
 
 class Server:

@@ -1,0 +1,237 @@
+"""A model in this process, asked as a server is: what waits is answered in batches, in a thread beside the event loop.
+
+An answer depends on its request alone, not on what else is in the batch: what is drawn at random is drawn from a
+generator of the request's own. The weights are part of what the ledger knows a request by, so an answer of other
+weights under the same name is never taken.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zephyr.chat import find_model, load
+from zephyr.errors import UserError, reason
+from zephyr.feedback.pool import Answering, Limits, Model
+from zephyr.feedback.server import Refused
+
+if TYPE_CHECKING:
+    from zephyr.sampling import Sampling
+
+_GATHER_SECONDS = 0.02  # without another request, after which a batch begins: those of a prompt come together
+_UNBOUNDED = 4096  # tokens of a completion that has no limit, as Request has it
+_PARAMETERS = {"temperature", "top_p", "max_tokens", "max_completion_tokens", "seed"}
+_KINDS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # files that decide what a model says
+_turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # models on one device answer one after another
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model or an adapter in the folder `path`, or in `model/` below it."""
+
+    path: Path
+    concurrency: int = 64  # conversations in a batch
+    requests_per_minute: None = None
+    tokens_per_minute: None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of its files, in hexadecimal. A gigabyte takes about a second: less than loading it."""
+        return _fingerprint(find_model(self.path)).hex()
+
+    def open(self, limits: Limits, secrets: set[str]) -> Answering:
+        """Raises UserError where there is no model. It is loaded when it is first asked."""
+        return LocalServer(self)
+
+
+class _Closed(Exception):
+    """Nobody waits for the batch."""
+
+
+@dataclass
+class _Job:
+    """A request that waits."""
+
+    name: str  # of the model
+    body: dict[str, Any]
+    size: int  # bytes
+    seed: int
+    done: "asyncio.Future[dict[str, Any]]"
+
+
+class LocalServer:
+    """The model of one folder, loaded once."""
+
+    def __init__(self, source: Local) -> None:
+        self.endpoint = source
+        self.folder = find_model(source.path)
+        self._rows = source.concurrency  # of a batch; fewer once memory has run out
+        self._waiting: list[_Job] = []
+        self._working: asyncio.Task[None] | None = None
+        self._closed = threading.Event()
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._loaded: tuple[Any, Any] | None = None
+
+    async def complete(self, model: Model, body: bytes, key: str) -> dict[str, Any]:
+        """As a server's. Raises Refused for a prompt that the model cannot take, UserError where it cannot be used."""
+        asked = json.loads(body)
+        if strangers := asked.keys() - _PARAMETERS - {"model", "messages"}:
+            raise UserError(
+                f"model {model.name!r} answers in this process ({self.endpoint.path}), which knows no "
+                f"{', '.join(sorted(strangers))}. Take it out of the model's parameters, or serve the model."
+            )
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Job(model.name, asked, len(body), int(key[:16], 16) >> 1, done))
+        if self._working is None:
+            self._working = asyncio.create_task(self._work())
+        return await done
+
+    async def _work(self) -> None:
+        """Batch after batch, until nothing waits."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._waiting:
+                known = 0
+                while known < len(self._waiting) < self._rows:
+                    known = len(self._waiting)
+                    await asyncio.sleep(_GATHER_SECONDS)
+                batch = self._batch()
+                try:
+                    outcomes = await loop.run_in_executor(self._thread, self._answer, batch)
+                except Exception as error:  # of the model as a whole: who asked for it is told
+                    outcomes = [error] * len(batch)
+                for job, outcome in zip(batch, outcomes, strict=True):
+                    if job.done.done():  # who asked has gone
+                        continue
+                    if isinstance(outcome, Exception):
+                        job.done.set_exception(outcome)
+                    else:
+                        job.done.set_result(outcome)
+        finally:
+            self._working = None
+
+    def _batch(self) -> list[_Job]:
+        """The request that has waited longest, and those nearest to it in length: little of the batch is padding."""
+        waiting = [job for job in self._waiting if not job.done.done()]
+        batch = sorted(waiting, key=lambda job: abs(job.size - waiting[0].size))[: self._rows]
+        self._waiting = [job for job in waiting if job not in batch]
+        return batch
+
+    def _answer(self, batch: Sequence[_Job]) -> list[Any]:
+        """For each request a completion, or why there is none."""
+        if self._loaded is None:
+            self._loaded = load(self.folder)
+        model, tokenizer = self._loaded
+        prepared: dict[int, tuple[list[int], Sampling]] = {}
+        outcomes: list[Any] = [None] * len(batch)
+        for i, job in enumerate(batch):
+            try:
+                prepared[i] = self._prepared(job)
+            except Refused as refused:
+                outcomes[i] = refused
+        with _turns[str(model.device)]:
+            written = dict(zip(prepared, self._write(list(prepared.values())), strict=True))
+        for i, row in written.items():
+            if row is None:
+                outcomes[i] = Refused(f"{self.folder}: the device's memory does not hold this one conversation.")
+                continue
+            tokens, ended = row
+            text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            # the end-of-turn token was written too
+            prompt, answer = len(prepared[i][0]), len(tokens) + ended
+            outcomes[i] = {
+                "model": f"{batch[i].name}@{self.endpoint.identity[:12]}",
+                "choices": [{"message": {"content": str(text)}, "finish_reason": "stop" if ended else "length"}],
+                "usage": {"prompt_tokens": prompt, "completion_tokens": answer},
+            }
+        return outcomes
+
+    def _prepared(self, job: _Job) -> "tuple[list[int], Sampling]":
+        """The prompt's tokens, and how to write behind them. Raises Refused."""
+        from zephyr.sampling import Sampling
+
+        assert self._loaded is not None
+        model, tokenizer = self._loaded
+        try:
+            row = tokenizer.apply_chat_template(job.body["messages"], add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # of Jinja or of the tokenizer: this conversation is not one that it knows
+            raise Refused(f"{self.folder}: its chat template refuses the conversation: {reason(error)}") from error
+        prompt: list[int] = row["input_ids"]
+        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room = window - len(prompt) if window else None
+        if room is not None and room < 1:
+            raise Refused(f"{self.folder}: a prompt of {len(prompt):,} tokens; the model's context is {window:,}.")
+        given = job.body.get("max_completion_tokens") or job.body.get("max_tokens") or _UNBOUNDED
+        most = given if room is None else min(given, room)
+        return prompt, Sampling(most, job.body.get("temperature", 1.0), job.body.get("top_p", 1.0), job.seed)
+
+    def _write(self, rows: "Sequence[tuple[list[int], Sampling]]") -> "list[tuple[list[int], bool] | None]":
+        """What is written behind each prompt; None where memory holds not even the one. Halves where it ran out."""
+        import torch
+
+        from zephyr.generate import write
+
+        if not rows:
+            return []
+        assert self._loaded is not None
+        try:
+            prompts, samplings = zip(*rows, strict=True)
+            found = write(*self._loaded, prompts, samplings, self._closed.is_set)
+        except torch.OutOfMemoryError:
+            found = None  # and only behind this block are the tensors of the attempt gone
+        if self._closed.is_set():
+            raise _Closed  # what was written is cut off
+        if found is not None:
+            return list(found)
+        torch.cuda.empty_cache()
+        if len(rows) == 1:
+            return [None]
+        self._rows = min(self._rows, len(rows) // 2)
+        return [*self._write(rows[: len(rows) // 2]), *self._write(rows[len(rows) // 2 :])]
+
+    async def close(self) -> None:
+        """Stops a batch that nobody waits for any more, and gives the memory back."""
+        self._closed.set()
+        if self._working is not None:
+            self._working.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._working
+        await asyncio.to_thread(self._thread.shutdown)
+        self._loaded = None
+
+
+def _fingerprint(folder: Path) -> bytes:
+    """SHA-256 over the files of a model; of an adapter, its base's too where that is a folder."""
+    names = sorted(file for file in folder.iterdir() if file.suffix in _KINDS and file.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_digest, names))
+    total = hashlib.sha256()
+    for file, digest in zip(names, digests, strict=True):
+        total.update(file.name.encode() + b"\0" + digest)
+    for base in _bases(folder):
+        total.update(_fingerprint(base))
+    return total.digest()
+
+
+def _bases(folder: Path) -> Iterator[Path]:
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        try:
+            base = Path(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{adapter} names no base model: {reason(error)}") from error
+        if base.is_dir() and not base.samefile(folder):
+            yield base
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
