@@ -7,8 +7,6 @@ A benchmark is a module of zephyr/evaluation/ with `run`, whose results go to OU
 
 import asyncio
 import inspect
-import json
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,6 +16,7 @@ from typing import Any
 
 from zephyr.command import status
 from zephyr.errors import UserError
+from zephyr.evaluation.files import write_json
 from zephyr.evaluation.settings import Evaluation, parse
 from zephyr.feedback.client import Client
 from zephyr.feedback.dispatch import BudgetSpent
@@ -78,15 +77,11 @@ async def _asked(modules: dict[str, ModuleType], settings: Evaluation, output: P
 
 def _write(name: str, module: ModuleType, settings: Evaluation, output: Path, results: dict[str, Any]) -> None:
     results = {"benchmark": name, "model": settings.name, **results}
+    path = output / name / "results.json"
     try:
-        text = json.dumps(results, indent=2, allow_nan=False)
+        write_json(path, results)
     except ValueError as error:
         raise UserError(f"{name}: a score is not a finite number: {results}.") from error
-    path = output / name / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
     print(f"{module.summary(results)}\n-> {path}")
 
 

@@ -9,7 +9,7 @@ from zephyr.chat import find_model
 from zephyr.errors import UserError
 from zephyr.feedback.pool import Limits
 from zephyr.feedback.settings import Backend, backend
-from zephyr.settings import Count, Decay, Positive, Text, Wandb, build
+from zephyr.settings import Count, Decay, Positive, Seed, Text, Wandb, build
 
 Benchmark = Literal["mt_bench", "alpaca_eval", "leaderboard", "preferences"]
 
@@ -23,7 +23,7 @@ class Answering:
     max_tokens: Count | None  # of an answer
 
     def sampling(self, temperature: float, max_tokens: int) -> dict[str, Any]:
-        """The parameters of its requests, from what the benchmark prescribes."""
+        """The parameters of a request, from what the benchmark prescribes."""
         chosen = temperature if self.temperature is None else self.temperature
         return {**self.backend.sampling, "temperature": chosen, "max_tokens": self.max_tokens or max_tokens}
 
@@ -43,17 +43,43 @@ class MtBench:
 
 @dataclass(frozen=True)
 class AlpacaEval:
-    """AlpacaEval (Li et al., 2023; Dubois et al., 2024)."""
+    """AlpacaEval (Li et al., 2023; Dubois et al., 2024), by the official tool's files."""
+
+    baseline: Text | None
+    prompts: Text | None
+    outputs: Text | None
+    annotations: Text | None
+    style: Literal["choice", "weighted"]
+    prompt: Text | None
+    seed: Seed
 
 
 @dataclass(frozen=True)
 class Leaderboard:
     """The Open LLM Leaderboard's tasks, through lm-eval."""
 
+    tasks: Sequence[Text]
+    include_path: Text | None  # folder of task YAMLs
+    batch_size: Count | Literal["auto"]
+    quantization: Literal["nf4"] | None
+    chat_template: bool
+
 
 @dataclass(frozen=True)
 class Preferences:
     """Accuracy on preference pairs."""
+
+    data: Text | None
+    reference: Text | None
+    score: Literal["auto", "reward", "sum", "mean"]
+    beta: Positive
+    max_length: Count  # tokens of a prompt and one completion
+    max_prompt_length: Count
+    system: str | None
+    micro_batch_tokens: Count
+    quantization: Literal["auto", "none", "nf4"]
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
+    seed: Seed
 
 
 @dataclass(frozen=True)
