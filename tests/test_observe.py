@@ -1,4 +1,4 @@
-"""Seeing a run: metrics, plots, progress, throughput, samples, Weights & Biases, and no secrets in them."""
+"""Seeing a run: metrics, plots, progress, throughput, Weights & Biases, and no secrets in them."""
 
 import io
 import json
@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -17,15 +16,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.tiny import model, tokenizer
 from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.errors import UserError
+from zephyr.models.attention import SEGMENTS
 from zephyr.observe.metrics import MetricsFile, read, rewind
 from zephyr.observe.plots import draw, smooth
 from zephyr.observe.progress import Progress
+from zephyr.observe.samples import Samples
 from zephyr.observe.throughput import ModelSize, Throughput, model_size, step_flops
 from zephyr.redact import redact
 
@@ -39,6 +39,7 @@ class Toy(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.policy = model(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+        self.policy.set_attn_implementation(SEGMENTS)
 
     def training_step(self, batches: list[Batch], step: int) -> None:
         optimizer: Any = self.optimizers()
@@ -286,50 +287,6 @@ def test_no_mfu_on_a_cpu(tmp_path: Path) -> None:
     assert not any("mfu" in row for row in read(tmp_path / "metrics.jsonl"))
 
 
-# Samples
-
-
-@pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Samples, with a stand-in for the generator that uses up random numbers, as a sampler would."""
-
-    def answer(policy: nn.Module, tokens: Any, prompts: list[Any], max_new_tokens: int) -> list[str]:
-        torch.rand(7)
-        return [f"{prompt[-1]['content'][0]}{max_new_tokens}" for prompt in prompts]
-
-    if "zephyr.generate" not in sys.modules:
-        stand_in = ModuleType("zephyr.generate")
-        stand_in.generate = answer  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "zephyr.generate", stand_in)
-    from zephyr.observe import samples
-
-    monkeypatch.setattr(samples, "generate", answer)
-    yield samples.Samples
-
-
-def test_samples_are_written(tmp_path: Path, answers: Any) -> None:
-    path = tmp_path / "out" / "samples.jsonl"
-    callback = answers(tokenizer(), PROMPTS, 20, path, references=["Hello", "Zephyr"])
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[callback],
-        enable_checkpointing=False,
-    )
-    callback.on_validation_end(trainer, Toy())
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 0, "prompt": "Hi", "answer": "H20", "reference": "Hello", "tokens": 3},
-        {"step": 0, "prompt": "Who are you?", "answer": "W20", "reference": "Zephyr", "tokens": 3},
-    ]
-
-
-def test_samples_follow_every_validation(tmp_path: Path, answers: Any) -> None:
-    path = tmp_path / "samples.jsonl"
-    fit([answers(tokenizer(), PROMPTS[:1], 20, path)], logger=False, validate_first=True)
-    assert [(row["step"], row["reference"]) for row in read(path)] == [(0, None), (4, None), (8, None)]
-
-
 # Weights & Biases
 
 
@@ -366,7 +323,7 @@ def finished(path: Path) -> list[Any]:
     raise AssertionError(f"{path} has no end")
 
 
-def test_a_run_without_an_account(tmp_path: Path, answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     from zephyr.observe.weights_and_biases import wandb_logger
 
@@ -376,7 +333,8 @@ def test_a_run_without_an_account(tmp_path: Path, answers: Any, monkeypatch: pyt
     monkeypatch.setattr(sys, "argv", ["train.py", "feedback.api_key=sesame"])
     config = {"seed": 7, "feedback": {"api_key": "sesame", "max_new_tokens": 5}}
     logger = wandb_logger(tmp_path, config, {"train": "ab12"}, project="zephyr", name="n", group="g", tags=["t"])
-    fit([Throughput(), answers(tokenizer(), PROMPTS, 20, tmp_path / "samples.jsonl")], logger)
+    fit([Throughput(), Samples(tokenizer(), PROMPTS, 20, tmp_path / "samples.jsonl")], logger)
+    rows = read(tmp_path / "samples.jsonl")
     identity = logger.version
     logger.experiment.finish()
 
@@ -398,7 +356,9 @@ def test_a_run_without_an_account(tmp_path: Path, answers: Any, monkeypatch: pyt
     losses = {row["trainer/global_step"]: row["train/loss"] for row in history if "train/loss" in row}
     assert losses == {2: 12, 4: 14, 6: 16, 8: 18}
     (table, *_) = sorted(file.parent.glob("files/media/table/samples*.table.json"))
-    assert json.loads(table.read_text())["data"][0] == [4, "Hi", "H20", None, 3]
+    assert json.loads(table.read_text())["data"] == [list(row.values()) for row in rows[:2]]
+    lengths = {row["trainer/global_step"]: row["samples/tokens"] for row in history if "samples/tokens" in row}
+    assert lengths == {step: sum(row["tokens"] for row in rows if row["step"] == step) / 2 for step in (4, 8)}
 
     again = wandb_logger(tmp_path, {}, {}, project="zephyr")
     assert again.version == identity

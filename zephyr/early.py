@@ -39,6 +39,13 @@ def check(settings: Settings) -> None:
     for key, source in (("data.train", settings.data.train), ("data.validation", validation(settings))):
         if source is not None:
             _check_source(source, key)
+    if (prompts := settings.samples.prompts) is not None:
+        _check_source(prompts, "samples.prompts")
+        if validation(settings) is None and settings.samples.every_n_steps is None:
+            raise UserError(
+                "samples.prompts are answered at every validation, and there is none. "
+                "Set samples.every_n_steps=N, or data.validation=FILE."
+            )
     if settings.trainer.accelerator == "gpu" and not _sees_gpu():
         raise UserError("trainer.accelerator=gpu, but torch sees no GPU. Take auto or cpu, or mend the installation.")
 

@@ -21,7 +21,7 @@ from zephyr.assemble import Start, build_task, check_objective, gathered
 from zephyr.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
 from zephyr.console import speak
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
-from zephyr.data.render import load_tokenizer
+from zephyr.data.render import Message, load_tokenizer
 from zephyr.errors import UserError
 from zephyr.export import export
 from zephyr.interruption import StopOnSignal, stoppable
@@ -31,7 +31,7 @@ from zephyr.models.reference import AdapterOff, Copy
 from zephyr.observe.metrics import MetricsFile, Promptly, read, rewind
 from zephyr.observe.plots import draw
 from zephyr.observe.progress import Progress
-from zephyr.observe.samples import Samples
+from zephyr.observe.samples import Samples, Scorer
 from zephyr.observe.throughput import Throughput
 from zephyr.placement import Choice, choose, placed
 from zephyr.redact import redact
@@ -244,8 +244,18 @@ def _trainer(
     placement: Placement,
     live_reference: bool,
 ) -> L.Trainer:
-    prompts, answers = data.prompts(settings.samples.count)
-    samples = Samples(tokenizer, prompts, settings.samples.max_new_tokens, output / "samples.jsonl", answers)
+    asked = settings.samples
+    prompts, answers = data.prompts(asked.count, asked.prompts and demo.locate(asked.prompts))
+    samples = Samples(
+        tokenizer,
+        prompts,
+        asked.max_new_tokens,
+        output / "samples.jsonl",
+        answers,
+        asked.every_n_steps,
+        beta=settings.objective.beta if settings.objective is not None and live_reference else None,
+        scorer=_scorer(settings),
+    )
     callbacks = [
         Throughput(reference=live_reference),
         Promptly(next(logger for logger in loggers if isinstance(logger, MetricsFile))),
@@ -275,6 +285,21 @@ def _trainer(
         enable_model_summary=False,
         default_root_dir=output,
     )
+
+
+def _scorer(settings: Settings) -> Scorer | None:
+    """Of the demo, its teacher; nobody else's answers can be judged by rules."""
+    if not early.is_demo(settings.samples.prompts or early.validation(settings)):
+        return None
+    from zephyr.demo import teacher  # writes the world out, which no other run needs
+
+    def score(conversation: list[Message], answer: str) -> float | None:
+        try:
+            return teacher.score(conversation[-1]["content"], answer)
+        except ValueError:  # not of its world
+            return None
+
+    return score
 
 
 def _set_aside(output: Path) -> None:

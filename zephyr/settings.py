@@ -186,9 +186,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Samples:
-    """Answers to fixed validation prompts, at every validation."""
+    """Answers to fixed prompts as training goes on, at every validation and where asked for."""
 
-    count: Natural  # prompts; 0 turns it off
+    count: Natural  # prompts, the first ones; 0 turns it off
+    prompts: Text | None  # file of prompts or conversations; null: the validation data
+    every_n_steps: Count | None  # optimizer steps, besides validations; null: at validations only
     max_new_tokens: Count
 
 

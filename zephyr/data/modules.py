@@ -9,6 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -239,22 +240,31 @@ class DataModule(L.LightningDataModule, ABC):
     def exchange(self, row: sources.Row) -> list[Message]:
         """A short conversation of a row: it ends with an assistant turn, the answer to compare with."""
 
-    def prompts(self, count: int) -> tuple[list[list[Message]], list[str]]:
-        """The first `count` prompts of the validation source, each ending with a user turn, and their answers."""
-        if self.settings.validation is None:
+    def prompts(self, count: int, source: str | None = None) -> tuple[list[list[Message]], list[str | None]]:
+        """The first `count` prompts of a source, each ending with a user turn, and their answers where it has any.
+
+        None stands for the validation source, of which rows that cannot be used are passed over.
+        """
+        if count == 0 or (source or self.settings.validation) is None:
             return [], []
         prompts: list[list[Message]] = []
-        answers: list[str] = []
+        answers: list[str | None] = []
+        for prompt, answer in islice(self._questions(source), count):
+            prompts.append(with_system(prompt, self.settings.system))
+            answers.append(answer)
+        return prompts, answers
+
+    def _questions(self, source: str | None) -> Iterator[tuple[list[Message], str | None]]:
+        if source is not None:
+            yield from map(sources.question, sources.read(sources.files(source, "samples.prompts")))
+            return
+        assert self.settings.validation is not None
         for row in sources.read(sources.files(self.settings.validation, "data.validation")):
-            if len(prompts) == count:
-                break
             try:
                 *prompt, answer = self.exchange(row)
             except (UserError, ValueError):
                 continue  # loading has counted it
-            prompts.append(with_system(prompt, self.settings.system))
-            answers.append(answer["content"])
-        return prompts, answers
+            yield prompt, answer["content"]
 
     def train_dataloader(self) -> DataLoader[list[Batch]]:
         s = self.settings

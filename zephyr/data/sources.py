@@ -265,6 +265,32 @@ def conversation(row: Row) -> list[Message]:
     return checked_messages(*_dialogue(row))
 
 
+def question(row: Row) -> tuple[list[Message], str | None]:
+    """What of a row can be put to a model, ending with a user turn, and the answer that the row has, if any.
+
+    Of a chat it is the first turns up to an answer, of a binarised pair the prompt and the chosen answer; else the
+    text in the column `prompt` or `instruction`. Raises BadRow.
+    """
+    where, columns = row
+    if {"messages", "data"} & set(columns):
+        messages = conversation(row)
+        end = next((place for place, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    elif {"chosen", "rejected"} <= set(columns):
+        messages = sides(row)[0]
+        end = len(messages) - 1
+    else:
+        text = columns.get("prompt", columns.get("instruction"))
+        if not isinstance(text, str) or not text.strip():
+            raise BadRow(
+                f"{where}: a prompt is a text in the column prompt or instruction, or a chat in the column messages; "
+                f"found {_names(columns)}."
+            )
+        messages, end = [{"role": "user", "content": text}], 1
+    if end == 0 or messages[end - 1]["role"] != "user":
+        raise BadRow(f"{where}: holds no user turn to answer.")
+    return messages[:end], messages[end]["content"] if end < len(messages) else None
+
+
 def turns(row: Row) -> list[Message]:
     """The same, in whatever order roles stand."""
     return checked_turns(*_dialogue(row))

@@ -7,6 +7,7 @@ Training and evaluation of one step are two lines.
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class MetricsFile(Logger):
     def __init__(self, output_dir: Path) -> None:
         super().__init__()
         self.path = output_dir / "metrics.jsonl"
-        self._last = ""
+        self._last: deque[str] = deque(maxlen=2)  # a step's, and what was said of its samples
 
     @property
     def name(self) -> str:
@@ -53,9 +54,9 @@ class MetricsFile(Logger):
         if not values:
             return
         line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
-        if line == self._last:
+        if line in self._last:
             return  # Promptly was first
-        self._last = line
+        self._last.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)

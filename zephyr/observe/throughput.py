@@ -80,16 +80,16 @@ class Throughput(Callback):
 
     # The clock stands from here to the next training step; the wait for that step's data is lost with it.
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop()
+        self.stop()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._stop()
+        self.stop()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("step", float(trainer.global_step), reduce_fx="max", sync_dist=True, batch_size=1)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop()
+        self.stop()
         self._since = time.perf_counter()
         rates: dict[str, Any] = {
             "num_tokens": self._num_tokens.double(),
@@ -103,7 +103,8 @@ class Throughput(Callback):
         self._window.zero_()
         self._seconds = self._flops = 0.0
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Let the clock stand until the next training step."""
         if self._since is not None:
             self._seconds += self._now() - self._since
             self._since = None
