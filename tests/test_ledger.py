@@ -1,15 +1,16 @@
-import asyncio
 import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from zephyr.errors import UserError
+from zephyr.feedback import ledger as module
 from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.request import Failure, Reply, Request
 
@@ -26,7 +27,8 @@ FAILURE = Failure("timed_out", "no answer in time.", 6, 0.125)
 
 
 def put(ledger, *entries):
-    ledger.record(entries)
+    for entry in entries:
+        ledger.put(*entry)
 
 
 def test_the_key_is_all_that_decides_the_answer_and_nothing_else():
@@ -109,99 +111,56 @@ def test_a_file_that_is_no_ledger_is_left_alone(tmp_path):
         Ledger(other)
     Ledger(newer).close()
     with sqlite3.connect(newer) as database:
-        database.execute("PRAGMA user_version=3")
+        database.execute("PRAGMA user_version=2")
     with pytest.raises(UserError, match="c.sqlite was written by a newer Zephyr"):
         Ledger(newer)
     with pytest.raises(UserError, match="d.sqlite does not exist"):
         Ledger(tmp_path / "d.sqlite", read_only=True)
 
 
-def test_a_ledger_of_the_first_version_is_read_as_it_is_and_takes_the_new_column_when_written(tmp_path):
+def test_when_put_returns_another_connection_can_see_it(tmp_path):
     path = tmp_path / "l.sqlite"
+    with Ledger(path) as ledger, Ledger(path, read_only=True) as reader:
+        for number in range(300):
+            put(ledger, (key(number), "m", REPLY))
+            assert reader.get(key(number)) == REPLY
+
+
+def test_what_was_written_is_brought_onto_the_disk_while_writing_goes_on(tmp_path, monkeypatch):
+    """A copy of the file alone, without its write-ahead log, is what a machine without power would find."""
+    monkeypatch.setattr(module, "_SYNC_SECONDS", 0.02)
+    path, found = tmp_path / "l.sqlite", tmp_path / "found.sqlite"
     with Ledger(path) as ledger:
-        put(ledger, (key(1), "m", BARE))
-    with sqlite3.connect(path) as database:
-        database.execute("ALTER TABLE replies DROP COLUMN extra")
-        database.execute("PRAGMA user_version=1")
-    with Ledger(path, read_only=True) as ledger:
-        assert ledger.get(key(1)) == BARE
-    with Ledger(path) as ledger:
-        put(ledger, (key(2), "m", REPLY))
-        assert list(ledger.entries()) == [(key(1), "m", BARE), (key(2), "m", REPLY)]
+        put(ledger, (key(1), "m", REPLY))
+        deadline = time.monotonic() + 20
+        while True:
+            put(ledger, (key(2), "m", REPLY))
+            found.write_bytes(path.read_bytes())
+            with sqlite3.connect(found) as database, suppress(sqlite3.OperationalError):
+                if database.execute("SELECT count(*) FROM replies").fetchone() == (2,):
+                    break
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
-def test_put_returns_only_when_another_connection_can_see_it(tmp_path):
-    path = tmp_path / "l.sqlite"
-
-    async def one(ledger, reader, number):
-        await ledger.put(key(number), "m", REPLY)
-        return reader.execute("SELECT count(*) FROM replies WHERE key=?", (bytes.fromhex(key(number)),)).fetchone()[0]
-
-    async def many():
-        with Ledger(path) as ledger:
-            reader = sqlite3.connect(path, isolation_level=None)
-            commits = 0
-
-            def counted(entries, record=ledger.record):
-                nonlocal commits
-                commits += 1
-                record(entries)
-
-            ledger.record = counted
-            seen = await asyncio.gather(*(one(ledger, reader, number) for number in range(300)))
-            reader.close()
-            return seen, commits
-
-    seen, commits = asyncio.run(many())
-    assert seen == [1] * 300
-    assert commits == 1
-
-
-def test_what_cannot_be_written_is_said_to_everyone_who_waits(tmp_path):
-    async def many():
-        with Ledger(tmp_path / "l.sqlite") as ledger:
-            ledger._database.execute("PRAGMA max_page_count=12")  # as a full disk
-            big = Reply("x" * 50_000, "m", "stop")
-            tasks = [ledger.put(key(n), "m", big) for n in range(3)]
-            errors = await asyncio.gather(*tasks, return_exceptions=True)
-            return errors, list(ledger.entries())
-
-    errors, entries = asyncio.run(many())
-    assert all(isinstance(error, UserError) and "database or disk is full" in str(error) for error in errors)
-    assert entries == []
-
-
-def test_cancelled_while_it_waits_the_entry_is_kept(tmp_path):
-    async def cancelled():
-        ledger = Ledger(tmp_path / "l.sqlite")
-        first, second = (asyncio.create_task(ledger.put(key(n), "m", REPLY)) for n in (1, 2))
-        await asyncio.sleep(0)
-        first.cancel()
-        second.cancel()
-        await asyncio.gather(first, second, return_exceptions=True)
-        ledger.close()
-
-    asyncio.run(cancelled())
+def test_what_cannot_be_written_is_said(tmp_path):
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        assert [ledger.get(key(n)) for n in (1, 2)] == [REPLY, REPLY]
+        ledger._database.execute("PRAGMA max_page_count=12")  # as a full disk
+        with pytest.raises(UserError, match="l.sqlite cannot be written: database or disk is full"):
+            put(ledger, (key(1), "m", Reply("x" * 50_000, "m", "stop")))
+        assert list(ledger.entries()) == []
 
 
 WRITER = """
-import asyncio, sys
+import sys
 from pathlib import Path
 from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.request import Reply
 
-async def write(ledger, start):
-    for number in range(start, 10**6, 16):
-        await ledger.put(f"{number:064x}", "m", Reply("t" * 900 + str(number), "m", "stop"))
-        print(number, flush=True)
-
-async def main():
-    ledger = Ledger(Path(sys.argv[1]))
-    await asyncio.gather(*(write(ledger, start) for start in range(16)))
-
-asyncio.run(main())
+ledger = Ledger(Path(sys.argv[1]))
+for number in range(10**6):
+    ledger.put(f"{number:064x}", "m", Reply("t" * 900 + str(number), "m", "stop"))
+    print(number, flush=True)
 """
 
 

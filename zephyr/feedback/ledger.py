@@ -1,18 +1,16 @@
 """What has been asked and paid for: an SQLite file of replies and failures, keyed by request.
 
-A reply is committed, and synced to the disk, before anything uses it, so neither a killed process nor a lost machine
-makes it be paid for again. Commits are made in groups, of what arrives within a few milliseconds and while one is under
-way.
+A reply is handed to the system, in a transaction of its own, before anything else is done: however the process ends,
+it is not asked for again. Onto the disk it goes within about a second, with others and in a thread, as waiting for a
+disk takes longer than everything else about a request; only a machine that loses its power can lose that second.
 """
 
-import asyncio
 import contextlib
 import fcntl
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,17 +18,16 @@ from zephyr.errors import UserError, reason
 from zephyr.feedback.request import Failure, Reply
 
 _APPLICATION = 0x5A655048  # "ZePH" in the file's header, by which a ledger is known
-_VERSION = 2  # 1 had no column `extra`
-_GROUP_SECONDS = 0.004  # that a reply waits for others: a commit costs as much processor time as a request
-_ROWS = 1000  # of a statement; SQLite takes 32,766 values
+_VERSION = 1
+_SYNC_SECONDS = 1.0  # between two times that what was written is brought onto the disk
 # as the fields of Reply stand
 _FIGURES = (
     *("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"),
     *("cost", "seconds", "attempts", "waste"),
 )
 _REPLY = f"text, returned_model, {', '.join(_FIGURES)}, extra"
-# Keys are random, so they stand in an index of their own: rows are appended, however many there are. The text comes
-# last, so that sums over a column need not read it.
+# Keys are random, so they stand in an index of their own: rows are appended, however many there are. The texts come
+# last, so that sums over a column need not read them.
 _SCHEMA = """
 CREATE TABLE replies (
     key BLOB PRIMARY KEY, at REAL, model TEXT, returned_model TEXT, finish_reason TEXT, prompt_tokens INTEGER,
@@ -42,6 +39,9 @@ CREATE TABLE failures (
 );
 CREATE TRIGGER answered AFTER INSERT ON replies BEGIN DELETE FROM failures WHERE key = new.key; END;
 """
+# a reply that stands is never replaced: it is the one that was used
+_PUT_REPLY = f"INSERT OR IGNORE INTO replies VALUES ({', '.join('?' * 14)})"
+_PUT_FAILURE = f"INSERT OR REPLACE INTO failures VALUES ({', '.join('?' * 8)})"
 
 
 class Total(NamedTuple):
@@ -69,55 +69,51 @@ class Ledger:
     """
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._pending: list[tuple[Entry, asyncio.Future[None]]] = []
-        self._committing = False
+        self.path, self._read_only = path, read_only
         if read_only and not path.is_file():
             raise UserError(f"{path} does not exist, so there is no ledger to read.")
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock_file = _locked(path)
         try:
-            uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-            # no statement of the standard library's own: the groups are ours
-            self._database = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
-            self._create(read_only)
+            self._database = _connected(path, "ro" if read_only else "rwc")
+            self._create()
             (last,) = self._database.execute("SELECT coalesce(max(run), 0) FROM failures").fetchone()
         except sqlite3.Error as error:
             raise UserError(f"{path} cannot be used as a ledger: {reason(error)}") from error
         self.run = last + 1
-        self._reader = self._database
-        if not read_only:  # its own connection: look-ups must not wait for a commit's sync
-            self._reader = sqlite3.connect(path, isolation_level=None)
-            self._thread = ThreadPoolExecutor(1, "ledger")
-        self._read_only = read_only
+        self._closing = threading.Event()
+        self._syncing = threading.Thread(target=self._sync, name="ledger", daemon=True)
+        if not read_only:
+            self._syncing.start()
 
-    def _create(self, read_only: bool) -> None:
+    def _create(self) -> None:
         known = self._database.execute("PRAGMA application_id").fetchone()[0]
         (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if known != _APPLICATION and (tables or read_only):
+        if known != _APPLICATION and (tables or self._read_only):
             raise UserError(f"{self.path} is a database, but no ledger. Name another file.")
         version = self._database.execute("PRAGMA user_version").fetchone()[0]
         if version > _VERSION:
             raise UserError(f"{self.path} was written by a newer Zephyr (version {version} of the ledger). Upgrade.")
-        self._columns = _REPLY if version != 1 else _REPLY.replace("extra", "NULL")
-        if read_only:
+        if self._read_only:
             return
         self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=FULL")
+        self._database.execute("PRAGMA synchronous=NORMAL")  # a commit does not wait for the disk
+        self._database.execute("PRAGMA wal_autocheckpoint=0")  # nor does one in a thousand
         if not tables:
             header = f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={_VERSION};"
             self._database.executescript(f"BEGIN;{_SCHEMA}{header}COMMIT;")
-        elif version == 1:
-            added = f"ALTER TABLE replies ADD COLUMN extra TEXT; PRAGMA user_version={_VERSION};"
-            self._database.executescript(f"BEGIN;{added}COMMIT;")
-            self._columns = _REPLY
+
+    def _sync(self) -> None:
+        """Bring the write-ahead log onto the disk, and into the file, now and then; writing goes on beside it."""
+        with contextlib.closing(_connected(self.path, "rw")) as database:
+            while not self._closing.wait(_SYNC_SECONDS):
+                with contextlib.suppress(sqlite3.Error):  # whoever writes next is told
+                    database.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def get(self, key: str) -> Reply | Failure | None:
         """The reply to a request; or how it failed in this run; None where it is still to be asked."""
-        query = f"SELECT {self._columns} FROM replies WHERE key=?"
-        found = self._reader.execute(query, (bytes.fromhex(key),)).fetchone()
+        found = self._database.execute(f"SELECT {_REPLY} FROM replies WHERE key=?", (bytes.fromhex(key),)).fetchone()
         if found:
             return Reply(*found)
         failure = self._failure(key)
@@ -130,69 +126,30 @@ class Ledger:
 
     def _failure(self, key: str) -> tuple[int, Failure] | None:
         query = "SELECT run, cause, detail, attempts, waste FROM failures WHERE key=?"
-        found = self._reader.execute(query, (bytes.fromhex(key),)).fetchone()
+        found = self._database.execute(query, (bytes.fromhex(key),)).fetchone()
         return (found[0], Failure(*found[1:])) if found else None
 
-    async def put(self, key: str, model: str, outcome: Reply | Failure) -> None:
-        """Returns when the outcome is on the disk. Raises UserError where it cannot be written (a full disk)."""
-        done = asyncio.get_running_loop().create_future()
-        self._pending.append(((key, model, outcome), done))
-        self._soon()
-        await done
-
-    def _soon(self) -> None:
-        if self._pending and not self._committing:
-            self._committing = True
-            asyncio.get_running_loop().call_later(_GROUP_SECONDS, self._commit)
-
-    def _commit(self) -> None:
-        group, self._pending = self._pending, []
-        task = asyncio.get_running_loop().run_in_executor(self._thread, self.record, [entry for entry, _ in group])
-        task.add_done_callback(lambda task: self._committed(task, [done for _, done in group]))
-
-    def _committed(self, task: asyncio.Future[None], group: list[asyncio.Future[None]]) -> None:
-        error = task.exception()
-        for done in group:
-            if not done.done():  # who waited may have been cancelled
-                done.set_exception(error) if error else done.set_result(None)
-        self._committing = False
-        self._soon()
-
-    def record(self, entries: Sequence[Entry]) -> None:
-        """As `put`, for many at once, without a loop."""
+    def put(self, key: str, model: str, outcome: Reply | Failure) -> None:
+        """Kept when this returns, whatever happens to the process. Raises UserError where it cannot be: a full disk."""
         now = time.time()
-        replies = [
-            (bytes.fromhex(key), now, name, r.model, *(getattr(r, field) for field in _FIGURES), r.text, r.extra)
-            for key, name, r in entries
-            if isinstance(r, Reply)
-        ]
-        failures = [
-            (bytes.fromhex(key), now, name, self.run, f.cause, f.attempts, f.waste, f.detail)
-            for key, name, f in entries
-            if isinstance(f, Failure)
-        ]
-        with self._lock:
-            try:
-                # a reply that stands is never replaced: it is the one that was used
-                self._insert("IGNORE INTO replies", replies)
-                self._insert("REPLACE INTO failures", failures)
-            except sqlite3.Error as error:
-                raise UserError(f"the ledger {self.path} cannot be written: {reason(error)}") from error
-
-    def _insert(self, into: str, rows: list[tuple]) -> None:
-        """One statement, which is its own transaction, for many rows: each statement costs two switches of threads."""
-        for start in range(0, len(rows), _ROWS):
-            some = rows[start : start + _ROWS]
-            values = ",".join(["(" + ",".join("?" * len(rows[0])) + ")"] * len(some))
-            self._database.execute(f"INSERT OR {into} VALUES {values}", [value for row in some for value in row])
+        try:
+            if isinstance(outcome, Reply):
+                figures = (getattr(outcome, field) for field in _FIGURES)
+                row = (bytes.fromhex(key), now, model, outcome.model, *figures, outcome.text, outcome.extra)
+                self._database.execute(_PUT_REPLY, row)
+            else:
+                failed = (outcome.cause, outcome.attempts, outcome.waste, outcome.detail)
+                self._database.execute(_PUT_FAILURE, (bytes.fromhex(key), now, model, self.run, *failed))
+        except sqlite3.Error as error:
+            raise UserError(f"the ledger {self.path} cannot be written: {reason(error)}") from error
 
     def entries(self) -> Iterator[Entry]:
         """Every reply in the order of recording, then every failure of any run that has had no reply since."""
-        query = f"SELECT key, model, {self._columns} FROM replies ORDER BY rowid"
-        for key, model, *reply in self._reader.execute(query):
+        query = f"SELECT key, model, {_REPLY} FROM replies ORDER BY rowid"
+        for key, model, *reply in self._database.execute(query):
             yield key.hex(), model, Reply(*reply)
         query = "SELECT key, model, cause, detail, attempts, waste FROM failures ORDER BY rowid"
-        for key, model, *failure in self._reader.execute(query):
+        for key, model, *failure in self._database.execute(query):
             yield key.hex(), model, Failure(*failure)
 
     def totals(self) -> list[Total]:
@@ -203,7 +160,7 @@ class Ledger:
             "SELECT model, cause, count(*), sum(attempts), 0, 0, 0, 0, sum(waste), 0 FROM failures "
             "GROUP BY model, cause",
         )
-        rows = [row for query in queries for row in self._reader.execute(query)]
+        rows = [row for query in queries for row in self._database.execute(query)]
         return [Total(row[0], row[1], *(value or 0 for value in row[2:])) for row in rows]
 
     def close(self) -> None:
@@ -211,10 +168,8 @@ class Ledger:
         if self._read_only:
             self._database.close()
             return
-        self._thread.shutdown()
-        if self._pending:  # who waited for these has been cancelled, but they are paid for
-            self.record([entry for entry, _ in self._pending])
-        self._reader.close()
+        self._closing.set()
+        self._syncing.join()
         with contextlib.suppress(sqlite3.OperationalError):  # somebody reads it: the log stays, which is as good
             self._database.execute("PRAGMA journal_mode=DELETE")
         self._database.close()
@@ -225,6 +180,11 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _connected(path: Path, mode: str) -> sqlite3.Connection:
+    """With no transactions of the standard library's own: each statement is one."""
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
 
 
 def _locked(path: Path):  # type: ignore[no-untyped-def]
