@@ -1,13 +1,17 @@
 """How a command ends: a mistake with one message and status 2, Ctrl-C with 130, SIGTERM with 143."""
 
+import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from zephyr.errors import Stopped, UserError
+
+T = TypeVar("T")
 
 
 def status(act: Callable[[], int | None]) -> int:
@@ -30,6 +34,34 @@ def status(act: Callable[[], int | None]) -> int:
             raise
         print(f"Error: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
+
+
+async def interruptible(work: Awaitable[T]) -> T:
+    """The work, which SIGINT and SIGTERM cancel, so that it can end in its own way; a second one does not wait. Raises
+    Stopped. A handler that raised by itself would do so in the middle of whatever runs."""
+    if threading.current_thread() is not threading.main_thread():
+        return await work
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in before:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if received:
+            raise Stopped(received[0]) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
