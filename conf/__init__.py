@@ -30,8 +30,16 @@ def compose(command: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def describe(command: str) -> str:
-    """The defaults of a command with what they mean, as its file holds them."""
-    return (FOLDER / f"{command}.yaml").read_text(encoding="utf-8")
+    """The defaults of a command with what they mean, as its file and those of its groups hold them."""
+    path = FOLDER / f"{command}.yaml"
+    text = path.read_text(encoding="utf-8")
+    groups: dict[Path, list[str]] = {}  # file: where its keys are put
+    for entry in (OmegaConf.to_container(OmegaConf.create(text)) or {}).get("defaults", []):  # type: ignore[union-attr]
+        for name, option in entry.items() if isinstance(entry, dict) else ():
+            group, _, place = name.partition("@")
+            groups.setdefault(path.parent / group / f"{option}.yaml", []).append(place or group)
+    parts = [f"# {', '.join(places)}\n{file.read_text(encoding='utf-8')}" for file, places in groups.items()]
+    return "\n".join([text, *parts])
 
 
 def as_dict(cfg: DictConfig) -> dict[str, Any]:

@@ -97,8 +97,8 @@ class Account:
             "config": config,
         }
 
-    def told(self, report: dict[str, Any], output: Path) -> str:
-        """The last words of a run."""
+    def told(self, report: dict[str, Any], spent: str | None, output: Path) -> str:
+        """The last words of a run. `spent` says what of the budget is."""
         run = report["this_run"]
         did = f"{run['requests_sent']:,} requests sent, {run['requests_replayed']:,} answers found in the ledger"
         cost = f", {run['cost'] + run['cost_of_failed_attempts']:.4f} USD" if run["cost"] else ""
@@ -107,6 +107,9 @@ class Account:
         )
         if failed := sum(causes.total() for causes in self.failures.values()):
             words += f"\n{failed:,} failures are named in {output}/failures.jsonl."
+        if self.left:
+            words += f"\nStopped by the budget ({spent}): {self.left:,} prompts are left."
+            words += " The same command with a larger one goes on."
         return words
 
 

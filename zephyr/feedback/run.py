@@ -10,33 +10,34 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from zephyr.errors import Stopped, UserError, reason
+from zephyr.command import interruptible
+from zephyr.errors import UserError, reason
 from zephyr.feedback.client import Client
 from zephyr.feedback.dispatch import BudgetSpent
-from zephyr.feedback.draw import draw, load_principles, with_system
+from zephyr.feedback.draw import Drawn, draw, load_principles, with_system
 from zephyr.feedback.judge import CRITIQUE, Ask, aspect_asks, critique_asks, load_rubrics
 from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.pool import Budget, Model
 from zephyr.feedback.progress import Shown
 from zephyr.feedback.prompts import Prompt, Prompts
 from zephyr.feedback.record import Made, Recorded, Told, record, usable
+from zephyr.feedback.replay import as_recorded, holding
 from zephyr.feedback.report import Account
 from zephyr.feedback.request import Failure, Reply, Request
 from zephyr.feedback.settings import Feedback, parse
 from zephyr.redact import redact
 
 FILES = ("feedback.jsonl", "failures.jsonl")
-_HELD = 16  # times the prompts that are open: finished ones that wait for an earlier one, so as to be written in order
+_AHEAD = 2  # times the requests that may be in flight: so many wait or fly, so that budgets end with finished prompts
+_HELD = 32  # times the same: prompts that wait for an earlier one, so as to be written in order
 _JUDGED_FROM = 50  # requests that must have ended before their failures say something of the rest
 
 
@@ -91,7 +92,7 @@ def _run(
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row is not None)
 
         with Shown(total, settings, redact(config), output) as shown:
-            client = asyncio.run(_interruptible(collector.collect(prompts, ledger, write, shown)))
+            client = asyncio.run(interruptible(collector.collect(prompts, ledger, write, shown)))
             report = account.report(
                 redact(config), prompts, client, ledger, feedback.name if settings.judge.second else None,
                 seconds=time.monotonic() - started,
@@ -99,7 +100,7 @@ def _run(
             shown.summary(report)
     with _whole([output / "report.json"]) as (file,):
         file.write(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    return account.told(report, output)
+    return account.told(report, shown.spent, output)
 
 
 class Collector:
@@ -109,10 +110,11 @@ class Collector:
         self.settings = settings
         self.principles = load_principles(_path(settings.principles))
         self.rubrics = load_rubrics(_path(settings.judge.rubrics))
-        self.names = [model.name for model in settings.models]
         self.sampling = {model.name: model.sampling for model in settings.models}
         self.pool, self.warnings = _pool(settings)
-        draw("", None, self.names, self.principles, settings.seed, settings.completions)  # says what is wrong with it
+        self._answering = {model.name: model for model in self.pool if model.name in self.sampling}
+        names = [model.name for model in settings.models]
+        draw("", None, names, self.principles, settings.seed, settings.completions)  # says what is wrong with it
         if settings.completions < 2:
             raise UserError(f"completions={settings.completions}: a preference needs at least 2 completions a prompt.")
 
@@ -129,10 +131,13 @@ class Collector:
             "rubrics": _digest([[rubric.aspect, rubric.text] for rubric in self.rubrics.values()]),
         }
 
-    def completion_requests(self, prompt: Prompt) -> list[tuple[Any, Request]]:
-        """Who answers the prompt, and what each is asked."""
-        settings = self.settings
-        drawn = draw(prompt.text, prompt.source, self.names, self.principles, settings.seed, settings.completions)
+    def completion_requests(self, prompt: Prompt) -> list[tuple[Drawn, Request]]:
+        """Who answers the prompt, and what each is asked. Fewer than wanted where files do not hold more."""
+        settings, last = self.settings, prompt.messages[-1]["content"]
+        names = holding(self._answering.values(), last)
+        count = min(settings.completions, len(names))
+        drawn = draw(prompt.text, prompt.source, names, self.principles, settings.seed, count)
+        drawn = [as_recorded(self._answering, last, one) for one in drawn]
         return [
             (one, Request(one.model, with_system(prompt.messages, one.system), self.sampling[one.model]))
             for one in drawn
@@ -157,22 +162,18 @@ class Collector:
         Raises UserError, also where too large a share of requests ends without an answer that can be used.
         """
         settings = self.settings
-        width = 2 * settings.limits.concurrency  # each open prompt waits for one request at least
-        room = asyncio.Semaphore(width)
         watch = _Watch(settings.max_failures)
         window: deque[asyncio.Task[Result]] = deque()
         budget = Budget(settings.max_cost, settings.max_requests)
 
         async def one(prompt: Prompt) -> Result:
             try:
-                result = Result(prompt, await self._recorded(prompt, client, watch))
+                result = Result(prompt, await self._recorded(prompt, asker, watch))
                 shown.done += 1
                 return result
             except BudgetSpent as error:
                 shown.spent = str(error)
                 return Result(prompt, None)
-            finally:
-                room.release()
 
         async with (
             _ungrouped(),
@@ -180,20 +181,21 @@ class Collector:
             shown.beside(client),
             asyncio.TaskGroup() as group,
         ):
+            asker = _Asker(client, _AHEAD * client.limits.concurrency)
             for prompt in prompts:
-                await room.acquire()
+                await asker.room()
                 window.append(group.create_task(one(prompt)))
-                while window and (window[0].done() or len(window) > _HELD * width):
+                while window and (window[0].done() or len(window) > _HELD * client.limits.concurrency):
                     write(await window.popleft())
             while window:
                 write(await window.popleft())
         return client
 
-    async def _recorded(self, prompt: Prompt, client: Client, watch: "_Watch") -> Recorded:
+    async def _recorded(self, prompt: Prompt, asker: "_Asker", watch: "_Watch") -> Recorded:
         asked = self.completion_requests(prompt)
 
-        async def made_of(drawn: Any, request: Request) -> Made:
-            made = Made(drawn, await client.ask(request))
+        async def made_of(drawn: Drawn, request: Request) -> Made:
+            made = Made(drawn, await asker.ask(request))
             cause = made.reply.cause if isinstance(made.reply, Failure) else "empty_response"
             detail = made.reply.detail if isinstance(made.reply, Failure) else f"of {drawn.model}"
             watch.ended(None if usable([made]) else cause, detail)
@@ -204,7 +206,7 @@ class Collector:
         told: list[Told] = []
         if len(texts) > 1:
             aspects, critiques = self.judge_requests(prompt.text, texts)
-            parts = await asyncio.gather(_told(client, critiques), *(_ahead(client, asks) for asks in aspects))
+            parts = await asyncio.gather(_told(asker, critiques), *(_ahead(asker, asks) for asks in aspects))
             told = [one for part in parts for one in part]
         recorded = record(prompt.text, prompt.source or "unknown", made, told, self.rubrics)
         if recorded.row is not None and len(prompt.messages) > 1:
@@ -250,14 +252,38 @@ def _judged(recorded: Recorded, told: Sequence[Told], watch: _Watch) -> None:
         watch.ended(None)
 
 
-async def _told(client: Client, asks: Sequence[Ask]) -> list[Told]:
-    replies: list[Reply | Failure] = await asyncio.gather(*(client.ask(ask.request) for ask in asks))
+class _Asker:
+    """The client, with a bound on what is asked of it at once."""
+
+    def __init__(self, client: Client, bound: int) -> None:
+        self._client, self._bound = client, bound
+        self._open = 0
+        self._less = asyncio.Event()
+
+    async def ask(self, request: Request) -> Reply | Failure:
+        self._open += 1
+        try:
+            return await self._client.ask(request)
+        finally:
+            self._open -= 1
+            self._less.set()
+
+    async def room(self) -> None:
+        """Returns when another prompt may be begun."""
+        await asyncio.sleep(0)  # the one before begins to ask
+        while self._open >= self._bound:
+            self._less.clear()
+            await self._less.wait()
+
+
+async def _told(asker: _Asker, asks: Sequence[Ask]) -> list[Told]:
+    replies: list[Reply | Failure] = await asyncio.gather(*(asker.ask(ask.request) for ask in asks))
     return list(zip(asks, replies, strict=True))
 
 
-async def _ahead(client: Client, asks: Sequence[Ask]) -> list[Told]:
+async def _ahead(asker: _Asker, asks: Sequence[Ask]) -> list[Told]:
     """The first request ahead of the others, which then find what they share in the server's cache."""
-    return [*await _told(client, asks[:1]), *await _told(client, asks[1:])]
+    return [*await _told(asker, asks[:1]), *await _told(asker, asks[1:])]
 
 
 @asynccontextmanager
@@ -274,34 +300,6 @@ def _first(error: BaseException) -> BaseException:
         return error
     inner = [_first(one) for one in error.exceptions]
     return next((one for one in inner if isinstance(one, UserError)), inner[0])
-
-
-async def _interruptible(work: Awaitable[Client]) -> Client:
-    """SIGINT and SIGTERM cancel the work, so that requests in flight are drained; a second one does not wait. Raises
-    Stopped. A handler that raised by itself would do so in the middle of whatever runs."""
-    if threading.current_thread() is not threading.main_thread():
-        return await work
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(number: int) -> None:
-        received.append(number)
-        task.cancel()
-
-    for number in before:
-        loop.add_signal_handler(number, stop, number)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if received:
-            raise Stopped(received[0]) from None
-        raise
-    finally:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
 
 
 @contextmanager
