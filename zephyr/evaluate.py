@@ -8,20 +8,21 @@ A benchmark is a module of zephyr/evaluation/ with `run`, whose results go to OU
 import asyncio
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zephyr.command import status
+from zephyr.command import interruptible, status
 from zephyr.errors import UserError
 from zephyr.evaluation.files import write_json
 from zephyr.evaluation.settings import Evaluation, parse
 from zephyr.feedback.client import Client
 from zephyr.feedback.dispatch import BudgetSpent
 from zephyr.feedback.ledger import Ledger
-from zephyr.feedback.pool import Budget
+from zephyr.feedback.pool import Budget, Model
 
 USAGE = """\
 Usage: python -m zephyr.evaluate MODEL key=value ...
@@ -44,45 +45,91 @@ def _main(arguments: list[str]) -> int | None:
         return import_module("zephyr.evaluation.report").main(arguments[1:])
     if "=" not in arguments[0]:
         arguments[0] = f"model={arguments[0]}"
-    return run(parse(conf.compose("evaluate", arguments)))
+    config = conf.compose("evaluate", arguments)
+    return run(parse(config), config)
 
 
-def run(settings: Evaluation) -> int:
-    """Run the benchmarks in their order; the exit status, 3 where the budget ended before they did."""
+def run(settings: Evaluation, config: dict[str, Any]) -> int:
+    """Run the benchmarks, those that ask models first; the exit status, 3 where the budget ended before they did."""
     modules: dict[str, ModuleType] = {name: import_module(f"zephyr.evaluation.{name}") for name in settings.benchmarks}
-    output = Path(settings.output)
+    output = Path(settings.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     asking = {name: module for name, module in modules.items() if inspect.iscoroutinefunction(module.run)}
-    try:
-        if asking:
-            asyncio.run(_asked(asking, settings, output))
-    except BudgetSpent as spent:
-        print(f"The budget is spent: {spent}. The same command with a larger one goes on.", file=sys.stderr)
-        return 3
-    for name, module in modules.items():
-        if name not in asking:
-            _write(name, module, settings, output, module.run(settings, output / name))
+    with _logged(settings, config, output) as log:
+
+        def done(name: str, results: dict[str, Any]) -> None:
+            results = {"benchmark": name, "model": settings.name, **results}
+            _write(output / name / "results.json", results)
+            log({name: results})
+            print(f"{modules[name].summary(results)}\n-> {output / name}", flush=True)
+
+        try:
+            if asking:
+                asyncio.run(interruptible(_asked(asking, settings, output, done)))
+        except BudgetSpent as spent:
+            print(f"The budget is spent: {spent}. The same command with a larger one goes on.", file=sys.stderr)
+            return 3
+        for name, module in modules.items():
+            if name not in asking:
+                done(name, module.run(settings, output / name))
     return 0
 
 
-async def _asked(modules: dict[str, ModuleType], settings: Evaluation, output: Path) -> None:
+async def _asked(
+    modules: dict[str, ModuleType], settings: Evaluation, output: Path, done: Callable[[str, dict[str, Any]], None]
+) -> None:
     """The benchmarks that ask models: one ledger, one budget."""
-    backends = [backend for backend in (settings.answer and settings.answer.backend, settings.judge) if backend]
     budget = Budget(settings.max_cost, settings.max_requests)
     with Ledger(output / "ledger.sqlite") as ledger:
-        async with Client([backend.pooled() for backend in backends], ledger, settings.limits, budget) as client:
+        async with Client(_pool(settings), ledger, settings.limits, budget) as client:
             for name, module in modules.items():
-                _write(name, module, settings, output, await module.run(client, settings, output / name))
+                done(name, await module.run(client, settings, output / name))
 
 
-def _write(name: str, module: ModuleType, settings: Evaluation, output: Path, results: dict[str, Any]) -> None:
-    results = {"benchmark": name, "model": settings.name, **results}
-    path = output / name / "results.json"
+def _pool(settings: Evaluation) -> list[Model]:
+    """The model under test and the judge, which may be one."""
+    pool = [settings.answer.backend.pooled()] if settings.answer else []
+    if settings.judge and (judge := settings.judge.pooled()) not in pool:
+        if judge.name in [model.name for model in pool]:
+            raise UserError(
+                f"the model and the judge are both named {judge.name!r} and differ otherwise. Give answer.name=NAME."
+            )
+        pool.append(judge)
+    return pool
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
     try:
         write_json(path, results)
     except ValueError as error:
-        raise UserError(f"{name}: a score is not a finite number: {results}.") from error
-    print(f"{module.summary(results)}\n-> {path}")
+        raise UserError(f"{path}: a score is not a finite number: {results}.") from error
+
+
+@contextmanager
+def _logged(settings: Evaluation, config: dict[str, Any], output: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What takes results to a W&B run, as the numbers of its summary; nowhere without one."""
+    if settings.logger is None:
+        yield lambda results: None
+        return
+    from zephyr.observe.weights_and_biases import start
+
+    wandb = settings.logger
+    run = start(output, config, wandb.project, wandb.name, wandb.group, wandb.tags)
+    failed = True
+    try:
+        yield lambda results: run.summary.update(dict(_numbers(results)))
+        failed = False
+    finally:
+        run.finish(exit_code=int(failed))
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number of nested results with its path: mt_bench/turns/1/score."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}/{key}" if name else key)
+    elif isinstance(value, int | float):
+        yield name, value
 
 
 if __name__ == "__main__":

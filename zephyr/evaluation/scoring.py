@@ -37,13 +37,14 @@ def compared(rows: Rows, model: str, categories: Mapping[Any, str]) -> dict[str,
 
 def _parted(rows: Rows, categories: Mapping[Any, str], part: Callable[[Rows], dict[str, Any]]) -> dict[str, Any]:
     turns = sorted({row["turn"] for row in rows if "turn" in row})
-    known = [categories[row["question_id"]] for row in rows if row["question_id"] in categories]
+    known = {categories[row["question_id"]] for row in rows if row["question_id"] in categories}
     return {
         **part(rows),
         "turns": {str(turn): part([row for row in rows if row.get("turn") == turn]) for turn in turns},
         "categories": {
             name: part([row for row in rows if categories.get(row["question_id"]) == name])
-            for name in dict.fromkeys(known)
+            for name in dict.fromkeys(categories.values())
+            if name in known
         },
     }
 

@@ -130,6 +130,8 @@ def parse(config: dict[str, Any]) -> Evaluation:
     if name is None and folder is not None:
         name = folder.resolve().parent.name if folder.name == "model" else folder.resolve().name
     name = name or model or answer["model"]
+    if served and name is None:
+        raise UserError("which model? Give its name: python -m zephyr.evaluate MODEL answer.base_url=...")
     config |= {"name": name or "model", "folder": str(folder) if folder else None}
     config["output"] = config["output"] or _beside(folder)
     config["answer"] = _answering({"name": name, **answer, "model": answer["model"] or model if served else None})
