@@ -17,7 +17,7 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
         *("feedback", "data", "demo", "redact", "command", "progress", "observe.weights_and_biases"),
         *("chat", "generate", "sampling"),
     },
-    "evaluate": {"evaluation", "feedback", "command"},
+    "evaluate": {"evaluation", "feedback", "command", "observe.weights_and_biases"},
     "evaluation": {"evaluation", "feedback", "chat", "data", "models", "generate", "observe"},
     "models": {"models", "data.batch"},
     "objectives": set(),

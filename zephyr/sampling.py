@@ -44,12 +44,14 @@ class Choice(LogitsProcessor):
     def _draw(self, scores: Tensor, draw: Tensor) -> Tensor:
         """The token in whose share of the probability the draw falls."""
         chances = torch.softmax(scores / self._temperature.clamp_min(1e-5), -1)
+        plain = _place(chances.cumsum(-1, dtype=torch.float64), draw)
         if not self._nucleus:
-            return _place(chances.cumsum(-1, dtype=torch.float64), draw)
+            return plain
         chances, tokens = chances.sort(descending=True, stable=True)
         below = chances.cumsum(-1, dtype=torch.float64)
         inside = (below - chances < self._top_p).sum(-1, keepdim=True)  # at least the likeliest
-        return tokens.gather(1, _place(below, draw, inside))
+        # a row that wants no nucleus is not put in order for another's sake: its draw would fall elsewhere
+        return torch.where(self._top_p < 1, tokens.gather(1, _place(below, draw, inside)), plain)
 
 
 class Ends(StoppingCriteria):

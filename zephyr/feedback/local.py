@@ -38,9 +38,14 @@ class Local:
     """A model or an adapter in the folder `path`, or in `model/` below it."""
 
     path: Path
-    concurrency: int = 64  # conversations in a batch
-    requests_per_minute: None = None
-    tokens_per_minute: None = None
+    rows: int = 64  # conversations in a batch
+    requests_per_minute = None
+    tokens_per_minute = None
+
+    @property
+    def concurrency(self) -> int:
+        """More than a batch, so that there is one to choose: of conversations that are alike in length."""
+        return 4 * self.rows
 
     @cached_property
     def identity(self) -> str:
@@ -73,7 +78,7 @@ class LocalServer:
     def __init__(self, source: Local) -> None:
         self.endpoint = source
         self.folder = find_model(source.path)
-        self._rows = source.concurrency  # of a batch; fewer once memory has run out
+        self._rows = source.rows  # of a batch; fewer once memory has run out
         self._waiting: list[_Job] = []
         self._working: asyncio.Task[None] | None = None
         self._closed = threading.Event()
@@ -98,6 +103,7 @@ class LocalServer:
         """Batch after batch, until nothing waits."""
         loop = asyncio.get_running_loop()
         try:
+            await asyncio.sleep(_GATHER_SECONDS)
             while self._waiting:
                 known = 0
                 while known < len(self._waiting) < self._rows:

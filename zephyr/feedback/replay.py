@@ -38,9 +38,9 @@ class Replay:
     """A file of completions, or a folder of such files."""
 
     path: str
-    concurrency: int = 64
-    requests_per_minute: None = None
-    tokens_per_minute: None = None
+    concurrency = 64
+    requests_per_minute = None
+    tokens_per_minute = None
 
     @cached_property
     def identity(self) -> str:
