@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from zephyr.feedback.pool import Answering, Budget, Limits, Model, Source
 from zephyr.feedback.server import Again
 
-_OPENS = 3  # failures in a row after which a server is left alone for a while
+_OPENS = 8  # failures in a row after which a server is left alone: of one that fails three times in ten they are rare
 
 
 class BudgetSpent(Exception):
