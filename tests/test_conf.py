@@ -20,6 +20,7 @@ from zephyr.evaluation import settings as evaluation
 from zephyr.prepare import settings as preparations
 from zephyr.prepare import ultrachat, ultrafeedback
 from zephyr.settings import build, parse
+from zephyr.study import settings as studies
 
 ROOT = Path(__file__).parents[1]
 CONF, SNAPSHOTS = ROOT / "conf", ROOT / "tests" / "snapshots"
@@ -69,6 +70,8 @@ def test_every_option_of_every_group_composes():
         used |= {f"recipe/{recipe}", f"recipe/{recipe}/{stage}", f"stage/{stage}"}
     evaluation.parse(conf.compose("evaluate", ["model=m", "output=o", "answer.base_url=http://localhost:1/v1"]))
     used |= {"evaluate"}
+    studies.parse(conf.compose("study/ablation", []))
+    used |= {"study/ablation"}
     for command, kind in PREPARATIONS.items():
         build(kind, conf.compose(f"prepare/{command}", ["input=a.jsonl", "output=b"]))
         used.add(f"prepare/{command}")
@@ -89,7 +92,7 @@ def test_every_setting_is_read_by_the_program():
     for path in [ROOT / "train.py", *(ROOT / "zephyr").rglob("*.py")]:
         if path.name != "settings.py":
             read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    known = {**vars(settings), **vars(preparations), **vars(evaluation)}.values()
+    known = {**vars(settings), **vars(preparations), **vars(evaluation), **vars(studies)}.values()
     kinds = [kind for kind in known if is_dataclass(kind) and not kind.__name__.endswith("Splits")]
     assert len(kinds) >= 12
     unread = {f"{kind.__name__}.{field.name}" for kind in kinds for field in fields(kind)} - {

@@ -19,6 +19,7 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
     },
     "evaluate": {"evaluation", "feedback", "command", "observe.weights_and_biases"},
     "evaluation": {"evaluation", "feedback", "chat", "data", "models", "generate", "observe"},
+    "study": {"study", "evaluation", "data", "demo", "observe", "sweep", "command"},
     "models": {"models", "data.batch"},
     "objectives": set(),
     "schedule": set(),

@@ -88,7 +88,7 @@ class Sweep:
         output = self.folder / job.name
         config = {**config, "output_dir": str(output), "resume": None, "logger": self._logger(config, job.name)}
         with self._turn(job.name):
-            here = _holds(output, config)
+            here = holds(output, config)
             done = _summary(output) if here else None
             if done is not None:
                 self._enter(replace(job, status="finished"))
@@ -205,7 +205,7 @@ class _Row:
         return rank, stage, cost, [_sortable(self.job.varied[key]) for key in sorted(self.job.varied)]
 
 
-def _holds(output: Path, config: dict[str, Any]) -> bool:
+def holds(output: Path, config: dict[str, Any]) -> bool:
     """Whether a run of this configuration was begun in a folder. Where `auto` is asked for, it was settled there."""
     try:
         saved = yaml.safe_load((output / "config.yaml").read_text())
