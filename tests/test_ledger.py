@@ -86,7 +86,8 @@ def test_totals_by_model_and_cause(tmp_path):
         ]
 
 
-def test_only_one_process_writes_and_others_may_read(tmp_path):
+def test_only_one_process_writes_and_others_may_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.1)
     path = tmp_path / "l.sqlite"
     with Ledger(path) as ledger:
         put(ledger, (key(1), "m", REPLY))

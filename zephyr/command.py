@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -34,6 +35,38 @@ def status(act: Callable[[], int | None]) -> int:
             raise
         print(f"Error: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
+
+
+def outlived(act: Callable[[], int]) -> int:
+    """The exit status of `act`, done in a child process that is told by SIGTERM when this one is gone.
+
+    So SIGKILL too, of the process or of its group, leaves what is under way the time to end: it may be paid for.
+    """
+    lives, held = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)  # a terminal's Ctrl-C comes through the parent, once
+        os.close(held)
+        threading.Thread(target=_orphaned, args=(lives,), daemon=True).start()
+        code = 1
+        try:
+            code = act()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(lives)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, _: os.kill(child, number))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code if code >= 0 else 128 - code
+
+
+def _orphaned(lives: int) -> None:
+    os.read(lives, 1)  # returns when the other end is closed, by whatever closes it
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def interruptible(work: Awaitable[T]) -> T:

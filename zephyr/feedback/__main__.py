@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from zephyr.command import status
+from zephyr.command import outlived, status
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,4 +24,4 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(outlived(lambda: main(sys.argv[1:])))

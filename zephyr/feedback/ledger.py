@@ -19,6 +19,7 @@ from zephyr.feedback.request import Failure, Reply
 
 _APPLICATION = 0x5A655048  # "ZePH" in the file's header, by which a ledger is known
 _VERSION = 1
+_LOCK_SECONDS = 15.0  # that a run is waited for which was killed and ends what was under way
 _SYNC_SECONDS = 1.0  # between two times that what was written is brought onto the disk
 # as the fields of Reply stand
 _FIGURES = (
@@ -190,9 +191,15 @@ def _connected(path: Path, mode: str) -> sqlite3.Connection:
 def _locked(path: Path):  # type: ignore[no-untyped-def]
     """Hold a lock beside the ledger: beside, as closing any handle of the file itself drops SQLite's own locks."""
     file = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115 - held as long as the ledger
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise UserError(f"{path} is being written by another process. Wait for it, or name another output.") from error
-    return file
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            file.close()
+            said = f"{path} is being written by another process. Wait for it, or name another output."
+            raise UserError(said) from error
