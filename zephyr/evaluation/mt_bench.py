@@ -276,15 +276,22 @@ def _content(source: str) -> bytes:
 
 
 def _write_dated(path: Path, rows: list[Row]) -> None:
-    """With the time of writing, which FastChat's rows end with; rows that stand there already keep theirs."""
-    earlier = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            stamp = row.pop("tstamp", None)
-            earlier[json.dumps(row)] = stamp
+    """With the time of writing, which FastChat's rows end with. Of rows that stand there already, equal ones keep
+    theirs, and judgments of other models stay, as FastChat has one file for all."""
+    there = [row for _, row in read([path])] if path.is_file() and path.stat().st_size else []
+    stamps = {json.dumps(_undated(row)): row.get("tstamp") for row in there}
+    models = {_model(row) for row in rows}
     now = time.time()
-    write_rows(path, [{**row, "tstamp": earlier.get(json.dumps(row)) or now} for row in rows])
+    dated = [{**row, "tstamp": stamps.get(json.dumps(row)) or now} for row in rows]
+    write_rows(path, [row for row in there if _model(row) not in models] + dated)
+
+
+def _undated(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "tstamp"}
+
+
+def _model(row: Row) -> Any:
+    return row.get("model") or row.get("model_1")  # answers have neither: their file is of one model
 
 
 def _id(*parts: Any) -> str:
