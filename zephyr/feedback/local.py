@@ -30,6 +30,7 @@ _GATHER_SECONDS = 0.02  # without another request, after which a batch begins: t
 _UNBOUNDED = 4096  # tokens of a completion that has no limit, as Request has it
 _PARAMETERS = {"temperature", "top_p", "max_tokens", "max_completion_tokens", "seed"}
 _KINDS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # files that decide what a model says
+_loading = threading.Lock()  # transformers imports its parts when they are first used: in one thread at a time
 _turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # models on one device answer one after another
 
 
@@ -134,7 +135,8 @@ class LocalServer:
     def _answer(self, batch: Sequence[_Job]) -> list[Any]:
         """For each request a completion, or why there is none."""
         if self._loaded is None:
-            self._loaded = load(self.folder)
+            with _loading:
+                self._loaded = load(self.folder)
         model, tokenizer = self._loaded
         prepared: dict[int, tuple[list[int], Sampling]] = {}
         outcomes: list[Any] = [None] * len(batch)
