@@ -230,8 +230,19 @@ def _record(columns: dict[str, Any], where: str, rules: Rules, seed: int, faults
         if rules.ties == "drop" or (rules.ties == "redraw" and not below):
             return _dropped("equal_scores", f"{best[0]:g} and {other[0]:g}", faults)
         other = draw.choice(below) if below else other
-    chosen, rejected = ([prompt, {"role": "assistant", "content": side[1]}] for side in (best, other))
+    turns = _turns(columns.get("prompt"), prompt, where)
+    chosen, rejected = ([*turns, {"role": "assistant", "content": side[1]}] for side in (best, other))
     return Binarised(_layout(chosen, rejected, best[0], other[0]), None, "", faults)
+
+
+def _turns(value: Any, prompt: Message, where: str) -> list[Message]:
+    """What the completions answer: `prompt`, where it holds the turns of which the instruction is the text."""
+    if not isinstance(value, list):
+        return [prompt]
+    turns = checked_messages(value, where, "prompt")
+    if turns[-1]["role"] != "user":
+        raise BadRow(f"{where}: prompt must end with a user turn, as the completions answer it.")
+    return turns
 
 
 def _scored(answers: list[_Answer], score: str, faults: Counter[str]) -> list[tuple[float, str]]:

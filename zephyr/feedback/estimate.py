@@ -89,7 +89,7 @@ def estimate(settings: Feedback, collector: Collector, prompts: Iterable[Prompt]
     pool = {model.name: model for model in collector.pool}
     judge = known.load("judges", pool[settings.judge.backend.name])
     loads = {model.name: known.load("answers", pool[model.name]) for model in settings.models}
-    empty_aspects, empty_critiques = collector.judge_requests("", {0: ""})
+    empty_aspects, empty_critiques = collector.judge_requests("", dict.fromkeys(range(settings.completions), ""))
     overhead = sum(ask.request.prompt_bytes for ask in empty_aspects[0]) / len(empty_aspects[0]) / _BYTES
     critique = empty_critiques[0].request.prompt_bytes / _BYTES if empty_critiques else 0.0
     limit = empty_aspects[0][0].request.most_completion_tokens

@@ -25,9 +25,10 @@ from zephyr.feedback.dispatch import BudgetSpent
 from zephyr.feedback.draw import Drawn, draw, load_principles, with_system
 from zephyr.feedback.judge import CRITIQUE, Ask, aspect_asks, critique_asks, load_rubrics
 from zephyr.feedback.ledger import Ledger
-from zephyr.feedback.pool import Budget, Model
+from zephyr.feedback.pool import Budget, Endpoint, Model
 from zephyr.feedback.progress import Shown
 from zephyr.feedback.prompts import Prompt, Prompts
+from zephyr.feedback.rating import shown as one_line
 from zephyr.feedback.record import Made, Recorded, Told, record, usable
 from zephyr.feedback.replay import as_recorded, holding
 from zephyr.feedback.report import Account
@@ -38,7 +39,7 @@ from zephyr.redact import redact
 FILES = ("feedback.jsonl", "failures.jsonl")
 _AHEAD = 2  # times the requests that may be in flight: so many wait or fly, so that budgets end with finished prompts
 _HELD = 32  # times the same: prompts that wait for an earlier one, so as to be written in order
-_JUDGED_FROM = 50  # requests that must have ended before their failures say something of the rest
+_SOONEST, _FEW = 50, 200  # requests: before these none is too many failed; before those the share is one of _FEW
 
 
 class Result(NamedTuple):
@@ -61,10 +62,12 @@ def run(config: dict[str, Any]) -> None:
 
         print(estimate(settings, collector, prompts, output / "ledger.sqlite"))
         return
+    for endpoint in _endpoints(collector.pool):
+        endpoint.key()
     with _disk(output):
         output.mkdir(parents=True, exist_ok=True)
         with Ledger(output / "ledger.sqlite") as ledger:
-            _said(output / "config.json", config, collector.deciding)
+            _said(output / "config.json", config, redact(collector.deciding))
             total = sum(1 for _ in prompts)  # mistakes in the file are met before anything is sent
             if prompts.bad:
                 print(f"Note: {prompts.bad:,} rows are left out, the first: {prompts.named[0]}", file=sys.stderr)
@@ -93,6 +96,7 @@ def _run(
 
         with Shown(total, settings, redact(config), output) as shown:
             client = asyncio.run(interruptible(collector.collect(prompts, ledger, write, shown)))
+            feedback.flush()  # the report reads it
             report = account.report(
                 redact(config), prompts, client, ledger, feedback.name if settings.judge.second else None,
                 seconds=time.monotonic() - started,
@@ -230,7 +234,7 @@ class _Watch:
         self.causes[cause] += 1
         self.examples.setdefault(cause, detail)
         failed = self.causes.total()
-        if self.number >= _JUDGED_FROM and failed > self.allowed * self.number:
+        if self.number >= _SOONEST and failed > self.allowed * max(self.number, _FEW):
             common = "; ".join(f"{n} {cause} ({self.examples[cause]})" for cause, n in self.causes.most_common(3))
             raise UserError(
                 f"{failed} of {self.number} requests ended without an answer that can be used, more than "
@@ -246,8 +250,13 @@ def _judged(recorded: Recorded, told: Sequence[Told], watch: _Watch) -> None:
         if row["stage"] == "judge":
             about = row["model"] if row["aspect"] == CRITIQUE else None
             failed.setdefault((row["aspect"], row["judgement"], about), row)
+    wrote = {
+        (ask.aspect, ask.judgement): f"; the judge wrote {one_line(reply.text)!r}"
+        for ask, reply in told
+        if isinstance(reply, Reply) and failed
+    }
     for row in failed.values():
-        watch.ended(row["cause"], f"{row['aspect']}: {row['detail']}")
+        watch.ended(row["cause"], f"{row['aspect']}: {row['detail']}{wrote.get((row['aspect'], row['judgement']), '')}")
     for _ in range(len(told) - len(failed)):
         watch.ended(None)
 
@@ -362,7 +371,14 @@ def _pool(settings: Feedback) -> tuple[list[Model], list[str]]:
             )
         if model.served_as == judge.served_as and (model == judge or set(model.servers) & set(judge.servers)):
             warnings.append(f"the judge {judge.name!r} rates its own answers too: it is models[{number}].")
-    return pool if judge in pool else [*pool, judge], warnings
+    pool = pool if judge in pool else [*pool, judge]
+    for endpoint in _endpoints(pool):
+        endpoint.check()  # before a file says where it is
+    return pool, warnings
+
+
+def _endpoints(pool: Sequence[Model]) -> set[Endpoint]:
+    return {server for model in pool for server in model.servers if isinstance(server, Endpoint)}
 
 
 def _digest(value: Any) -> str:
