@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 import conf
 from zephyr import settings
 from zephyr.evaluation import settings as evaluation
+from zephyr.feedback import settings as feedback
 from zephyr.prepare import settings as preparations
 from zephyr.prepare import ultrachat, ultrafeedback
 from zephyr.settings import build, parse
@@ -75,6 +76,9 @@ def test_every_option_of_every_group_composes():
     for command, kind in PREPARATIONS.items():
         build(kind, conf.compose(f"prepare/{command}", ["input=a.jsonl", "output=b"]))
         used.add(f"prepare/{command}")
+    models = "models=[{name: a, base_url: 'http://a/v1'}]"
+    feedback.parse(conf.compose("feedback", ["prompts=a", "output=b", models, "judge.model=j", "judge.path=c"]))
+    used |= {"feedback", "backend/server"}
     assert files == used
 
 
@@ -90,9 +94,9 @@ def test_every_setting_is_read_by_the_program():
     """A field that no module reads would be a key without effect."""
     read = set()
     for path in [ROOT / "train.py", *(ROOT / "zephyr").rglob("*.py")]:
-        if path.name != "settings.py":
+        if path.name != "settings.py" or path.parent.name == "feedback":  # which makes the client's pool of them
             read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    known = {**vars(settings), **vars(preparations), **vars(evaluation), **vars(studies)}.values()
+    known = {**vars(settings), **vars(preparations), **vars(evaluation), **vars(studies), **vars(feedback)}.values()
     kinds = [kind for kind in known if is_dataclass(kind) and not kind.__name__.endswith("Splits")]
     assert len(kinds) >= 12
     unread = {f"{kind.__name__}.{field.name}" for kind in kinds for field in fields(kind)} - {
