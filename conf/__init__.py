@@ -85,8 +85,14 @@ def _composed(command: str, overrides: list[str]) -> DictConfig:
 
 
 def _quoted(argument: str) -> str:
-    """The override, its value quoted where Hydra's grammar would not take it as the text that it is: gap>=1.5."""
+    """The override, its value quoted where Hydra's grammar would not take it as the text that it is: gap>=1.5.
+
+    A group of keys may hold new ones (parameters={seed: 1}), which Hydra takes for mistakes unless they are added; the
+    settings find the mistakes among them.
+    """
     key, equals, value = argument.partition("=")
+    if value[:1] == "{" and key[:1] not in ("+", "~"):
+        return f"++{argument}"
     if not equals or value[:1] in ("", "[", "{", "'", '"'):
         return argument
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zephyr.command import interruptible, status
+from zephyr.command import interruptible, outlived, status
 from zephyr.errors import UserError
 from zephyr.evaluation.files import write_json
 from zephyr.evaluation.settings import Evaluation, parse
@@ -133,4 +133,4 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(outlived(lambda: main(sys.argv[1:])))
