@@ -80,6 +80,26 @@ Reference = Copy | AdapterOff | Precomputed
 
 
 @torch.no_grad()
+def measured(
+    policy: Any,
+    batches: Iterable[tuple[list[int], Batch]],
+    examples: int,
+    of: SequenceLogps,
+    autocast: torch.dtype | None,
+) -> np.ndarray:
+    """Log-probabilities [examples, 2] of (chosen, rejected) under a model, NaN for pairs that no batch holds.
+
+    `batches` come each with the indices of its pairs.
+    """
+    device = next(policy.parameters()).device
+    found = np.full((examples, 2), np.nan)
+    for members, batch in batches:
+        with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            logps = of(policy, batch.to(device))
+        found[members] = logps.reshape(2, -1).T.cpu().numpy()
+    return found
+
+
 def precompute(
     policy: Any,
     batches: Iterable[tuple[list[int], Batch]],
@@ -96,12 +116,7 @@ def precompute(
     """
     if known:
         return np.load(file, allow_pickle=False)
-    device = next(policy.parameters()).device
-    found = np.full((examples, 2), np.nan)
-    for members, batch in batches:
-        with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            logps = of(policy, batch.to(device))
-        found[members] = logps.reshape(2, -1).T.cpu().numpy()
+    found = measured(policy, batches, examples, of, autocast)
     if dist.is_initialized():
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, found)
