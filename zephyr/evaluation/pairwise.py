@@ -21,7 +21,9 @@ from zephyr.feedback.settings import Backend
 FIRST, SECOND, TIE = "m", "M", "="
 _PLACES = re.compile(r"\{(instruction|output_1|output_2)\}")
 _TURN = re.compile(r"<\|im_start\|>\s*(system|user|assistant)[^\n]*\n(.*?)<\|im_end\|>", re.DOTALL)
-_BETTER = re.compile(r"^[\s*_#>`]*better(?:\s+answer)?[\s*_`]*[:=][\s*_`\"']*(m|M|=|tie)[\s*_`\"'.]*$", re.MULTILINE)
+_BETTER = re.compile(
+    r"^[\s*_#>`]*(?i:better(?:\s+answer)?)[\s*_`]*[:=][\s*_`\"']*(m|M|=|tie)[\s*_`\"'.]*$", re.MULTILINE
+)
 _SYSTEM = """\
 You compare two answers that language models gave to the same prompt.
 
