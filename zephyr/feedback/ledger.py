@@ -40,6 +40,7 @@ CREATE TABLE failures (
 );
 CREATE TRIGGER answered AFTER INSERT ON replies BEGIN DELETE FROM failures WHERE key = new.key; END;
 """
+_GET_REPLY = f"SELECT {_REPLY} FROM replies WHERE key=?"
 # a reply that stands is never replaced: it is the one that was used
 _PUT_REPLY = f"INSERT OR IGNORE INTO replies VALUES ({', '.join('?' * 14)})"
 _PUT_FAILURE = f"INSERT OR REPLACE INTO failures VALUES ({', '.join('?' * 8)})"
@@ -79,10 +80,12 @@ class Ledger:
         try:
             self._database = _connected(path, "ro" if read_only else "rwc")
             self._create()
-            (last,) = self._database.execute("SELECT coalesce(max(run), 0) FROM failures").fetchone()
+            query = "SELECT key, run, cause, detail, attempts, waste FROM failures"
+            # in memory too, as they are few, and every request asks for its own
+            self._failures = {key: (run, Failure(*said)) for key, run, *said in self._database.execute(query)}
         except sqlite3.Error as error:
             raise UserError(f"{path} cannot be used as a ledger: {reason(error)}") from error
-        self.run = last + 1
+        self.run = 1 + max((run for run, _ in self._failures.values()), default=0)
         self._closing = threading.Event()
         self._syncing = threading.Thread(target=self._sync, name="ledger", daemon=True)
         if not read_only:
@@ -114,21 +117,16 @@ class Ledger:
 
     def get(self, key: str) -> Reply | Failure | None:
         """The reply to a request; or how it failed in this run; None where it is still to be asked."""
-        found = self._database.execute(f"SELECT {_REPLY} FROM replies WHERE key=?", (bytes.fromhex(key),)).fetchone()
+        found = self._database.execute(_GET_REPLY, (bytes.fromhex(key),)).fetchone()
         if found:
             return Reply(*found)
-        failure = self._failure(key)
-        return failure[1] if failure and failure[0] == self.run else None
+        run, failure = self._failures.get(bytes.fromhex(key), (0, None))
+        return failure if run == self.run else None
 
     def earlier(self, key: str) -> tuple[int, float]:
         """Attempts and waste (USD) of a request that failed in an earlier run."""
-        failure = self._failure(key)
-        return (failure[1].attempts, failure[1].waste) if failure else (0, 0.0)
-
-    def _failure(self, key: str) -> tuple[int, Failure] | None:
-        query = "SELECT run, cause, detail, attempts, waste FROM failures WHERE key=?"
-        found = self._database.execute(query, (bytes.fromhex(key),)).fetchone()
-        return (found[0], Failure(*found[1:])) if found else None
+        _, failure = self._failures.get(bytes.fromhex(key), (0, None))
+        return (failure.attempts, failure.waste) if failure else (0, 0.0)
 
     def put(self, key: str, model: str, outcome: Reply | Failure) -> None:
         """Kept when this returns, whatever happens to the process. Raises UserError where it cannot be: a full disk."""
@@ -141,6 +139,7 @@ class Ledger:
             else:
                 failed = (outcome.cause, outcome.attempts, outcome.waste, outcome.detail)
                 self._database.execute(_PUT_FAILURE, (bytes.fromhex(key), now, model, self.run, *failed))
+                self._failures[bytes.fromhex(key)] = self.run, outcome
         except sqlite3.Error as error:
             raise UserError(f"the ledger {self.path} cannot be written: {reason(error)}") from error
 

@@ -21,6 +21,7 @@ import aiohttp
 import httpx2
 import openai
 import yarl
+from openai._models import FinalRequestOptions
 
 from zephyr.errors import UserError, reason
 from zephyr.feedback.pool import Endpoint, Limits, Model
@@ -75,10 +76,7 @@ class Server:
         Raises Again, Refused or UserError.
         """
         try:
-            options: Any = {"headers": {"X-Client-Request-Id": key}}
-            response = await self._openai.post(
-                "/chat/completions", content=body, options=options, cast_to=httpx2.Response
-            )
+            response = await self._openai.chat_completion(body, {"X-Client-Request-Id": key})
         except openai.APIStatusError as error:
             await self._refuse(model, error.response)
         completion = self._parse(model, response.content)
@@ -127,7 +125,10 @@ class Server:
             mend = f"Check the key in {name}." if name else "Set api_key_env to the variable that holds its key."
             raise UserError(f"{where} {mend}")
         if not served and (status == 404 or (status == 400 and f"'{asked}'" in said)):
-            raise UserError(f"{where} Check base_url (it usually ends in /v1) and served_as.{await self._models()}")
+            raise UserError(
+                f"{where} Check base_url (it usually ends in /v1), and model, which is what its servers call it."
+                f"{await self._models()}"
+            )
         if status == 400 and "response_format" in said:
             raise UserError(f"{where} It takes no JSON schema: set structured=false for this model.")
         raise Refused(where)
@@ -171,14 +172,19 @@ class _Client(openai.AsyncOpenAI):
     long as everything else together, and none of it would be sent."""
 
     @cached_property
-    def chat_url(self) -> httpx2.URL:
-        """Where completions are asked for."""
-        return httpx2.URL(f"{self.base_url}chat/completions")  # openai ends it with a slash
+    def _chat(self) -> tuple[httpx2.URL, FinalRequestOptions]:
+        url = httpx2.URL(f"{self.base_url}chat/completions")  # openai ends it with a slash
+        return url, FinalRequestOptions.construct(method="post", url="", idempotency_key="-")
+
+    async def chat_completion(self, body: bytes, headers: Mapping[str, str]) -> httpx2.Response:
+        """The server's answer to a body. Raises openai.APIStatusError, and what the transport raises."""
+        options = self._chat[1].model_copy(update={"content": body, "headers": headers})
+        return await self.request(httpx2.Response, options)
 
     def _build_request(self, options: Any, *, retries_taken: int = 0) -> httpx2.Request:
         if options.content is None:
             return super()._build_request(options, retries_taken=retries_taken)
-        return httpx2.Request("POST", self.chat_url, headers=options.headers, content=options.content)
+        return httpx2.Request("POST", self._chat[0], headers=options.headers, content=options.content)
 
 
 class _Transport(httpx2.AsyncBaseTransport):
