@@ -89,6 +89,8 @@ def parse(config: dict[str, Any]) -> Feedback:
     default, judge, models = config.pop("default"), dict(config["judge"]), config["models"]
     if not isinstance(models, list):
         raise UserError(f"models must be a list such as [{{name: m1, base_url: http://...}}], got {models!r}.")
+    if judge["model"] is None:
+        raise UserError("judge.model is not set: give judge.model=VALUE.")
     own = {key: judge.pop(key) for key in ("rubrics", "critique", "second")}
     config["judge"] = {"backend": _backend({"name": judge["model"], **judge}, "judge"), **own}
     config["models"] = [
