@@ -13,7 +13,7 @@ from zephyr.errors import UserError
 from zephyr.evaluation import mt_bench
 from zephyr.evaluation.intervals import bootstrap, ratio
 from zephyr.evaluation.judging import Case, Prompts, case, score_of, winner_of
-from zephyr.evaluation.mt_bench import parse_score, read_answers, read_judgments, read_questions, scores, write_rows
+from zephyr.evaluation.mt_bench import parse_score, read_answers, read_judgments, read_questions, scores, write_answers
 from zephyr.evaluation.plots import radar
 from zephyr.evaluation.scoring import CATEGORIES, compared
 from zephyr.evaluation.settings import parse
@@ -342,6 +342,9 @@ def test_mistakes_are_named(tmp_path):
     given(tmp_path / "a.jsonl", [{"question_id": 1, "choices": []}])
     with pytest.raises(UserError, match=r"a.jsonl line 1: choices"):
         read_answers(str(tmp_path / "a.jsonl"))
+    short = given(tmp_path / "a.jsonl", [{"question_id": 1, "choices": [{"turns": ["a"]}]}])
+    with Server(say("[[3]]")) as server, pytest.raises(UserError, match="question 1 has 2 turns, its answer fewer"):
+        evaluate(tmp_path, server, f"mt_bench.answers={short}")
 
 
 def test_a_radar_plot_is_drawn_alike_each_time(tmp_path):
@@ -359,7 +362,7 @@ def test_a_radar_plot_is_drawn_alike_each_time(tmp_path):
 @pytest.mark.parametrize("file", sorted(DATA.glob("model_*/*.gz")), ids=lambda path: path.name.split(".")[0])
 def test_fastchats_files_come_out_as_they_went_in(file, tmp_path):
     rows = (read_judgments if "judgment" in file.parent.name else read_answers)(str(file))
-    write_rows(tmp_path / "out.jsonl", rows)
+    write_answers(tmp_path / "out.jsonl", rows)
     assert (tmp_path / "out.jsonl").read_bytes() == gzip.decompress(file.read_bytes())
 
 

@@ -49,10 +49,10 @@ class Match(NamedTuple):
     turn: int
 
 
-def read_questions(source: str) -> list[Row]:
+def read_questions(source: str | Path) -> list[Row]:
     """`{question_id, category, turns}` in a file's order. Raises BadRow."""
     rows: dict[Any, Row] = {}
-    for where, row in read(files(source, "mt_bench.questions")):
+    for where, row in read(files(str(source), "mt_bench.questions")):
         _must(where, row, question_id=(int, str), category=(str,))
         _texts(where, row, "turns")
         if row["question_id"] in rows:
@@ -61,10 +61,10 @@ def read_questions(source: str) -> list[Row]:
     return list(rows.values())
 
 
-def read_answers(source: str, key: str = "mt_bench.answers") -> list[Row]:
+def read_answers(source: str | Path, key: str = "mt_bench.answers") -> list[Row]:
     """`{question_id, answer_id, model_id, choices: [{index, turns}], tstamp}` in a file's order. Raises BadRow."""
     rows = []
-    for where, row in read(files(source, key)):
+    for where, row in read(files(str(source), key)):
         _must(where, row, question_id=(int, str))
         choices = checked_list(row.get("choices"), where, "choices")
         if not choices or not all(isinstance(choice, dict) for choice in choices):
@@ -75,11 +75,11 @@ def read_answers(source: str, key: str = "mt_bench.answers") -> list[Row]:
     return rows
 
 
-def read_judgments(source: str) -> list[Row]:
+def read_judgments(source: str | Path) -> list[Row]:
     """Of single answers `{question_id, model, judge, user_prompt, judgment, score, turn, tstamp}`, or of pairs
     `{question_id, model_1, model_2, g1_winner, g2_winner, judge, ..., turn, tstamp}`. Raises BadRow."""
     rows = []
-    for where, row in read(files(source, "mt_bench.judgments")):
+    for where, row in read(files(str(source), "mt_bench.judgments")):
         if "g1_winner" in row:
             _must(where, row, question_id=(int, str), **dict.fromkeys(("model_1", "model_2"), (str,)))
             _must(where, row, **dict.fromkeys(("g1_winner", "g2_winner"), (str,)))
@@ -89,9 +89,12 @@ def read_judgments(source: str) -> list[Row]:
     return rows
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Answers or judgments as FastChat writes them: a file of its own comes out byte for byte as it was read."""
+def write_answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as FastChat writes them: a file of its own comes out byte for byte as it was read."""
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+write_judgments = write_answers
 
 
 def scores(judgments: Sequence[Mapping[str, Any]], categories: Mapping[Any, str] = CATEGORIES) -> dict[str, Row]:
@@ -105,7 +108,8 @@ async def run(client: Client, settings: Evaluation, folder: Path) -> Row:
     """Answer, judge and count, or what of it files do not hold yet. Raises UserError, BudgetSpent."""
     own = settings.mt_bench
     if own.judgments is not None:
-        return _counted(read_judgments(own.judgments), settings.name, CATEGORIES)
+        categories = CATEGORIES if own.questions is None else _categories(read_questions(own.questions))
+        return _counted(read_judgments(own.judgments), settings.name, categories)
     if own.questions is None:
         raise UserError("mt_bench.questions is not set: give FastChat's data/mt_bench/question.jsonl.")
     judge, prompts = settings.the_judge(), Prompts(own.judge_prompts, own.mode)
@@ -126,10 +130,11 @@ async def run(client: Client, settings: Evaluation, folder: Path) -> Row:
     judging = [_judged(client, judge, prompts, match, names) for match in matches]
     rows = await all_of(client, "MT-Bench, judgments", judging)
     _write_dated(folder / "model_judgment" / f"{file_name(judge.name)}_{own.mode}.jsonl", rows)
-    results = _counted(rows, model, {row["question_id"]: row["category"] for row in questions})
+    results = _counted(rows, model, _categories(questions))
     unanswered = len(questions) - sum(row["question_id"] in answers for row in questions)
     prompted = own.judge_prompts and Path(own.judge_prompts).name
-    return {**results, "model": settings.name, "judge": judge.name, "prompts": prompted, "unanswered": unanswered}
+    asked = {"judge": judge.name, "prompts": prompted, "questions": len(questions), "unanswered": unanswered}
+    return {**results, "model": settings.name, **asked}
 
 
 def summary(results: Row) -> str:
@@ -156,9 +161,10 @@ async def _answers(client: Client, settings: Evaluation, questions: list[Row], p
     """The answers that a file holds, or the model's, by question; written either way."""
     own = settings.mt_bench.answers
     if own is not None:
-        given = read_answers(own)
+        given = _by_question(own, "mt_bench.answers")
+        _long_enough([row for row in questions if row["question_id"] in given], given, "mt_bench.answers")
         write(path, _content(own))
-        return {row["question_id"]: row for row in given}
+        return given
     answering = settings.the_model()
     asked = await all_of(client, "MT-Bench, answers", [_answer(client, answering, row) for row in questions])
     rows = [row for row in asked if row is not None]
@@ -248,10 +254,18 @@ def _complete(questions: list[Row], rows: dict[Any, Row], key: str, why: str) ->
     if missing:
         more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise UserError(f"{key} has no answer to question {missing[0]}{more}: {why}.")
+    _long_enough(questions, rows, key)
+
+
+def _long_enough(questions: list[Row], rows: dict[Any, Row], key: str) -> None:
     for row in questions:
         turns = rows[row["question_id"]]["choices"][0]["turns"]
         if len(turns) < len(row["turns"]):
             raise UserError(f"{key}: question {row['question_id']} has {len(row['turns'])} turns, its answer fewer.")
+
+
+def _categories(questions: list[Row]) -> dict[Any, str]:
+    return {row["question_id"]: row["category"] for row in questions}
 
 
 def _by_question(source: str | None, key: str) -> dict[Any, Row]:
@@ -283,7 +297,7 @@ def _write_dated(path: Path, rows: list[Row]) -> None:
     models = {_model(row) for row in rows}
     now = time.time()
     dated = [{**row, "tstamp": stamps.get(json.dumps(row)) or now} for row in rows]
-    write_rows(path, [row for row in there if _model(row) not in models] + dated)
+    write_answers(path, [row for row in there if _model(row) not in models] + dated)
 
 
 def _undated(row: Row) -> Row:
