@@ -8,7 +8,10 @@ PACKAGE = ROOT / "zephyr"
 APEX = ("__init__.py", "errors.py", "settings.py", "run.py")  # the leaves all may use, and the one that uses all
 EVERYWHERE = {"zephyr", "zephyr.errors", "zephyr.settings"}
 ALLOWED = {  # part -> parts of the package that it may import, beside errors and settings
-    "demo": {"demo", "data.render", "generate", "observe.metrics"},
+    "demo": {
+        *("demo", "data.render", "generate", "observe.metrics", "command"),
+        *("feedback.local", "feedback.pool", "feedback.server"),  # what serves a model in this process
+    },
     "data": {"data"},
     "command": set(),
     "prepare": {"prepare", "data", "command", "progress"},
@@ -34,7 +37,7 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
     "dpo": {"task", "data.batch", "models", "objectives"},
     "generate": {"data.render", "sampling"},
     "sampling": set(),
-    "chat": {"generate", "data.render"},
+    "chat": {"generate", "data.render", "checkpoint"},
     "merge": {"data", "models", "export", "chat"},
     "randomness": set(),
     "shards": {"distributed"},

@@ -1,12 +1,14 @@
 """Talk to a model: `python -m zephyr.chat PATH`.
 
-PATH is a folder that training wrote, any other transformers model with a chat template, or a PEFT adapter.
+PATH is a folder that training wrote, a checkpoint in it, any other transformers model with a chat template, or a PEFT
+adapter.
 With `--prompt`, or with a prompt piped in, standard output gets the answer and nothing else.
 """
 
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,10 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def find_model(path: Path) -> Path:
-    """The folder `path`, or `model/` in it, that holds a model or an adapter. Or UserError is raised."""
+    """The folder `path`, or `model/` in it, that holds a model or an adapter, or a checkpoint. Else UserError."""
     if not path.exists():
         raise UserError(f"There is no folder {path}. Give one that holds a model, such as outputs/demo/dpo.")
-    if _holds_model(path):
+    if _holds_model(path) or _is_checkpoint(path):
         return path
     if _holds_model(path / "model"):
         return path / "model"
@@ -77,9 +79,13 @@ def find_model(path: Path) -> Path:
 def load(folder: Path, device: str = "auto") -> tuple[Any, Any]:
     """The model, in the dtype it was saved in, on its device, and its tokenizer.
 
-    An adapter's base model is loaded from the place and revision that its adapter_config.json names. Raises
-    UserError when a part is missing or cannot be read, or the tokenizer has no chat template.
+    An adapter's base model is loaded from the place and revision that its adapter_config.json names. A checkpoint's
+    weights are put into the model that its run left in the end. Raises UserError when a part is missing or cannot be
+    read, or the tokenizer has no chat template.
     """
+    if _is_checkpoint(folder):
+        finished, tokenizer = load(_finished(folder), device)
+        return _with_weights(finished, folder), tokenizer
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -118,6 +124,31 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
 def _holds_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return re.fullmatch(r"step-\d+", folder.name) is not None and (folder / "MANIFEST.json").is_file()
+
+
+def _finished(checkpoint: Path) -> Path:
+    """The whole model that the checkpoint's run has left."""
+    folder = checkpoint.absolute().parents[1] / "model"
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        why = "its run trained an adapter" if adapter else f"its run has not left {folder}"
+        raise UserError(f"{checkpoint} is a checkpoint, whose weights make no model by themselves, as {why}.")
+    return folder
+
+
+def _with_weights(model: Any, checkpoint: Path) -> Any:
+    from zephyr.checkpoint import FolderCheckpointIO
+
+    stored = FolderCheckpointIO().open(checkpoint)["state_dict"]
+    for name, weight in model.state_dict().items():
+        if f"policy.{name}" not in stored:
+            raise UserError(f"{checkpoint} lacks {name}: it is not of the run that left {_finished(checkpoint)}.")
+        stored[f"policy.{name}"].into(weight)
+    return model
 
 
 def _check_template(tokenizer: Any, system: "list[Message]") -> None:
@@ -179,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m zephyr.chat", description="Talk to a model.", epilog=HELP)
     add = parser.add_argument
     temperature, top_p = _positive(float, zero=True), _positive(float, most=1.0)
-    add("path", type=Path, metavar="PATH", help="folder of a model, of an adapter or of a training run")
+    add("path", type=Path, metavar="PATH", help="folder of a model, an adapter, a training run or a checkpoint")
     add("--prompt", metavar="TEXT", help="answer this one prompt and exit")
     add("--system", metavar="TEXT", help="system message that opens the conversation")
     add("--max-new-tokens", type=_positive(int), default=512, metavar="N", help="default %(default)s")
