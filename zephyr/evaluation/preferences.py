@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.utils import logging
 
 from zephyr.chat import find_model
 from zephyr.data import sources
@@ -250,6 +251,7 @@ def _logps(
             raise UserError(f"{path}: {int((~np.isfinite(found)).sum())} log-probabilities are not finite.")
         return found
 
+    logging.disable_progress_bar()
     model: Any = load_policy(path, None, _held(own, adapter), placement, frozen=True)
     logps, others = under(model), None
     if reference is None and adapter is not None and own.score in ("auto", "reward"):
