@@ -14,6 +14,7 @@ import pytest
 from zephyr.errors import UserError
 from zephyr.evaluation import report as module
 from zephyr.evaluation.charts import inlined
+from zephyr.evaluation.files import file_name
 from zephyr.evaluation.report import report
 
 ATTACK = "</p><script>document.title = 'taken over'</script><img src=http://example.com/x onerror=alert(1)> `` ```"
@@ -41,7 +42,9 @@ def model(folder: Path, name: str, shift: float = 0.0) -> Path:
         answers.append({"question_id": 81 + place, "model_id": name, "choices": [{"index": 0, "turns": said}]})
         judgments.append({"question_id": 81 + place, "model": name, "score": 9 - place, "turn": 1})
     lines(folder / "mt_bench" / "question.jsonl", questions)
-    lines(folder / "mt_bench" / "model_answer" / "m.jsonl", answers)
+    lines(folder / "mt_bench" / "model_answer" / f"{file_name(name)}.jsonl", answers)
+    rival = [{**answer, "choices": [{"index": 0, "turns": ["of a rival"]}]} for answer in answers]
+    lines(folder / "mt_bench" / "model_answer" / "~rival.jsonl", rival)
     lines(folder / "mt_bench" / "model_judgment" / "gpt-4_single.jsonl", judgments)
 
     put(folder / "alpaca_eval", {
@@ -173,6 +176,7 @@ def test_the_page_asks_for_nothing_and_text_is_text(made: Path) -> None:
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert all(attributes.get("scope") in ("col", "row") for name, attributes in tags if name == "th")
+    assert "of a rival" not in page
     assert page.index("judged 9") < page.index("Question 82") and "judged better" in page and "a draw" in page
 
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zephyr.evaluation.files import file_name
 from zephyr.evaluation.page import Example, Said, Turn
 
 COUNT = 4  # of MT-Bench, from different categories; of AlpacaEval
 
 Row = Mapping[str, Any]
-Models = Sequence[tuple[str, Path]]  # what each is called, and the folder of its results
+Models = Sequence[tuple[str, str, Path]]  # what each is called here and in its files, and the folder of its results
 
 
 def mt_bench(models: Models) -> list[Example]:
@@ -19,18 +20,18 @@ def mt_bench(models: Models) -> list[Example]:
     questions: dict[Any, Row] = {}
     answers: dict[str, dict[Any, Row]] = {}
     scores: dict[str, dict[tuple[Any, int], float]] = {}
-    for label, folder in models:
+    for label, name, folder in models:
         asked = {row["question_id"]: row for row in _rows(folder / "question.jsonl") if _is_question(row)}
         questions |= {key: row for key, row in asked.items() if key not in questions}
-        own = [row for file in sorted((folder / "model_answer").glob("*.jsonl")) for row in _rows(file)]
-        name = _name(folder)
-        own = [row for row in own if row.get("model_id") == name] or own
-        answers[label] = {row["question_id"]: row for row in own if "question_id" in row and _turns(row)}
+        files = sorted((folder / "model_answer").glob("*.jsonl"))
+        mine = [file for file in files if file.stem == file_name(name)]
+        rows = [row for file in mine or files for row in _rows(file)]
+        answers[label] = {row["question_id"]: row for row in rows if "question_id" in row and _turns(row)}
         judged = [row for file in sorted((folder / "model_judgment").glob("*_single.jsonl")) for row in _rows(file)]
         scores[label] = {
             (row["question_id"], row["turn"]): row["score"]
             for row in judged
-            if {"question_id", "turn", "score"} <= {*row}
+            if {"question_id", "turn", "score"} <= {*row} and row.get("model") in (name, file_name(name))
         }
     answers = {label: own for label, own in answers.items() if own}
     shared = [row for key, row in questions.items() if answers and all(key in own for own in answers.values())]
@@ -53,7 +54,7 @@ def mt_bench(models: Models) -> list[Example]:
 def alpaca_eval(models: Models) -> list[Example]:
     """The first instructions that all models have answered, with the baselines' answers and the judge's choice."""
     tables: dict[str, dict[str, Row]] = {}
-    for label, folder in models:
+    for label, _, folder in models:
         rows = [row for row in _rows(folder / "annotations.json") if _is_annotation(row)]
         tables[label] = {row["instruction"]: row for row in rows}
     tables = {label: rows for label, rows in tables.items() if rows}
@@ -79,10 +80,6 @@ def _rows(path: Path) -> list[Row]:
     except (OSError, ValueError):
         return []
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-
-
-def _name(folder: Path) -> str:
-    return str(json.loads((folder / "results.json").read_text(encoding="utf-8"))["model"])
 
 
 def _is_question(row: Row) -> bool:

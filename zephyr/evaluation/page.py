@@ -8,7 +8,7 @@ import base64
 import hashlib
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ class Plot(NamedTuple):
     name: str  # of its file
     title: str
     alt: str
-    image: Image
+    draw: Callable[[], Image]
 
 
 class Said(NamedTuple):
@@ -98,13 +98,13 @@ class Page(NamedTuple):
     sections: Sequence[Section]
 
 
-def to_html(page: Page) -> str:
-    """One page: nothing is fetched, and the one script is the page's own."""
+def to_html(page: Page, images: Mapping[str, Image]) -> str:
+    """One page with the plots' images: nothing is fetched, and the one script is the page's own."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script = (_FOLDER / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = environment.from_string((_FOLDER / "report.html.jinja").read_text(encoding="utf-8"))
-    return _encodable(template.render(page=page, script=script, digest=digest))
+    return _encodable(template.render(page=page, images=images, script=script, digest=digest))
 
 
 def to_markdown(page: Page) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,10 +91,11 @@ def report(folders: Sequence[Path], output: Path) -> list[Missing]:
         parts.append(Section("Left out", points=[f"{where}: {why}" for where, why in missing]))
     models = list(dict.fromkeys(result.label for results in found.values() for result in results))
     page = Page("Evaluation", f"{_count(len(models), 'model')}: {', '.join(models)}.", parts)
-    for plot in (plot for part in parts for plot in part.plots):
-        write(output / f"{plot.name}.png", plot.image.png)
+    images = {plot.name: plot.draw() for part in parts for plot in part.plots}
+    for name, image in images.items():
+        write(output / f"{name}.png", image.png)
     write(output / "report.md", to_markdown(page))
-    write(output / "report.html", to_html(page))
+    write(output / "report.html", to_html(page, images))
     return missing
 
 
@@ -178,14 +180,14 @@ def _mt_bench(results: Sequence[Result]) -> Section:
         scores = {r.label: {name: part["score"] for name, part in r.values["categories"].items()} for r in some}
         if len(names) >= 3:
             top = 10.0 if mode == "single" else 1.0
-            image = charts.written(lambda path, scores=scores, top=top: plots.radar(scores, path, "", top))  # type: ignore[misc]
+            draw = partial(charts.written, partial(plots.radar, scores, title="", top=top))
             said = {label: {k: v for k, v in own.items() if v is not None} for label, own in scores.items()}
-            drawn.append(Plot(f"mt-bench-{mode}-categories", "MT-Bench by category", _said(said), image))
+            drawn.append(Plot(f"mt-bench-{mode}-categories", "MT-Bench by category", _said(said), draw))
     judges = {result.values["judge"] for result in results}
     text = "Zephyr-7B-beta's published score is 7.34, with GPT-4 as judge (Tunstall et al., 2023)."
     if len(judges) > 1:
         text += " These models were judged by different judges: their scores do not compare."
-    return Section(TITLES["mt_bench"], text, tables, drawn, examples.mt_bench([(r.label, r.folder) for r in results]))
+    return Section(TITLES["mt_bench"], text, tables, drawn, examples.mt_bench(_homes(results)))
 
 
 def _alpaca_eval(results: Sequence[Result]) -> Section:
@@ -227,8 +229,8 @@ def _alpaca_eval(results: Sequence[Result]) -> Section:
     text = "Zephyr-7B-beta's published win rate is 90.60 % against text_davinci_003, with GPT-4 as judge."
     if len({(result.values["baseline"], result.values["annotator"]) for result in results}) > 1:
         text += " These models met different baselines or judges: their win rates do not compare."
-    shown = examples.alpaca_eval([(result.label, result.folder) for result in results])
-    return Section(TITLES["alpaca_eval"], text, [Table("Win rates", columns, rows)], drawn, shown)
+    table = Table("Win rates", columns, rows)
+    return Section(TITLES["alpaca_eval"], text, [table], drawn, examples.alpaca_eval(_homes(results)))
 
 
 def _leaderboard(results: Sequence[Result]) -> Section:
@@ -250,11 +252,11 @@ def _leaderboard(results: Sequence[Result]) -> Section:
     bars = {result.label: [_plus_minus(result.values["scores"].get(name)) for name in tasks] for result in results}
     titles = [task["title"] or name for name, task in tasks.items()]
     beside = [task["published"] for task in tasks.values()]
-    image = charts.drawn(lambda: charts.grouped(titles, bars, beside, PUBLISHED, "per cent"), "leaderboard")
+    draw = partial(charts.drawn, partial(charts.grouped, titles, bars, beside, PUBLISHED, "per cent"), "leaderboard")
     said = {
         label: {title: bar.value for title, bar in zip(titles, own, strict=True) if bar} for label, own in bars.items()
     }
-    plot = Plot("leaderboard", "Open LLM Leaderboard", _said(said), image)
+    plot = Plot("leaderboard", "Open LLM Leaderboard", _said(said), draw)
     sources = "; ".join(dict.fromkeys(task["source"] for task in tasks.values() if task["source"]))
     note = "In per cent, with standard errors; a mean is of the leaderboard's tasks among these."
     note += f" Published: {sources}." if sources else ""
@@ -313,12 +315,16 @@ def _preferences(results: Sequence[Result]) -> Section:
         for result in results
     }
     said = {label: {f"{p.expected:.2f}": p.observed for p in points} for label, points in curves.items()}
-    calibration = charts.drawn(lambda: charts.calibration(curves), "calibration")
+    draw = partial(charts.drawn, partial(charts.calibration, curves), "calibration")
     drawn = [
         _bars("preferences", "Pairs in the right order", values, "%", 100, 50.0),
-        Plot("calibration", "How often a verdict is right, by how sure the model is", _said(said), calibration),
+        Plot("calibration", "How often a verdict is right, by how sure the model is", _said(said), draw),
     ]
     return Section(TITLES["preferences"], "", tables, drawn)
+
+
+def _homes(results: Sequence[Result]) -> examples.Models:
+    return [(result.label, result.values["model"], result.folder) for result in results]
 
 
 def _bars(name: str, title: str, values: Mapping[str, Value], unit: str, end: float, line: float | None) -> Plot:
@@ -326,7 +332,8 @@ def _bars(name: str, title: str, values: Mapping[str, Value], unit: str, end: fl
         f"{label} {v.value:.2f}" + ("" if v.low is None else f" ({v.low:.2f} to {v.high:.2f})")
         for label, v in values.items()
     )
-    return Plot(name, f"{title}, {unit}", said, charts.drawn(lambda: charts.bars(values, unit, end, line), name))
+    draw = partial(charts.drawn, partial(charts.bars, values, unit, end, line), name)
+    return Plot(name, f"{title}, {unit}", said, draw)
 
 
 def _said(values: Mapping[str, Mapping[str, float]]) -> str:
