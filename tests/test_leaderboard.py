@@ -28,9 +28,7 @@ def place(tmp_path_factory) -> Path:
     tokenizer = tiny.tokenizer()
     full = tiny.model()
     full.save_pretrained(folder / "full")
-    bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     four = AutoModelForCausalLM.from_pretrained(folder / "full", dtype="auto", quantization_config=bits)
     four.save_pretrained(folder / "four")
     from peft import LoraConfig, get_peft_model
@@ -83,11 +81,12 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_tasks_alone(monkeypatch: pytest.MonkeyPatch, place: Path):
-    """lm-eval reads its 15,000 task files for seven seconds at every start, of the command's and of ours."""
+    """lm-eval reads thousands of task files for seven seconds at every start, and lists pip's packages after each run."""
     import datasets
     import lm_eval.tasks
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda *_: None)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
     monkeypatch.chdir(place)
