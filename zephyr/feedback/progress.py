@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -20,6 +20,7 @@ from zephyr.feedback.settings import Feedback
 from zephyr.progress import Lines
 
 _REFRESH = 0.5  # seconds
+_SAMPLES = 60  # refreshes that rates are taken over
 _LOGGED = 20  # refreshes between two points of W&B's panels
 
 
@@ -39,6 +40,8 @@ class Shown(Lines):
         self.total, self.done = total, 0
         self.spent: str | None = None  # what of the budget is
         self._settings, self._config, self._output = settings, config, output
+        self._samples = deque([(0.0, 0, 0)], maxlen=_SAMPLES)  # seconds, requests and tokens until then
+        self._replayed = (0.0, 0)  # seconds and prompts done when the first request was sent
         self._live: Live | None = None
         self._run: Any = None
 
@@ -75,6 +78,9 @@ class Shown(Lines):
         while True:
             await asyncio.sleep(_REFRESH)
             refreshes += 1
+            self._samples.append((self.elapsed, client.tally.sent, _tokens(client)))
+            if client.tally.sent == 0:
+                self._replayed = (self.elapsed, self.done)
             if self._live is not None:
                 self._live.update(_panel(self.figures(client)), refresh=True)
             elif self.due():
@@ -84,12 +90,14 @@ class Shown(Lines):
 
     def figures(self, client: Client) -> dict[str, str]:
         """What is shown, in words."""
-        tally, seconds = client.tally, max(self.elapsed, 1e-9)
-        left = seconds * (self.total - self.done) / self.done if self.done else None
+        tally = client.tally
+        requests, tokens = self._rates(client)
+        seconds, done = self.elapsed - self._replayed[0], self.done - self._replayed[1]
+        left = seconds * (self.total - self.done) / done if done else None
         shown = {
             "prompts": f"{self.done:,}/{self.total:,}",
-            "requests/s": f"{tally.sent / seconds:,.1f}",
-            "tokens/s": f"{(tally.prompt_tokens + tally.completion_tokens) / seconds:,.0f}",
+            "requests/s": f"{requests:,.1f}",
+            "tokens/s": f"{tokens:,.0f}",
             "in flight": f"{client.in_flight}",
             "cost": f"{tally.cost + tally.waste:.4f} USD",
             "failures": _counted(tally.failures),
@@ -97,6 +105,12 @@ class Shown(Lines):
             "ETA": "?" if left is None else f"{timedelta(seconds=round(left))}",
         }
         return {name: value for name, value in shown.items() if value}
+
+    def _rates(self, client: Client) -> tuple[float, float]:
+        """Requests and tokens a second, of the last half minute."""
+        since, requests, tokens = self._samples[0]
+        seconds = max(self.elapsed - since, 1e-9)
+        return (client.tally.sent - requests) / seconds, (_tokens(client) - tokens) / seconds
 
     def summary(self, report: dict[str, Any]) -> None:
         """The report's figures as those of the W&B run."""
@@ -108,18 +122,23 @@ class Shown(Lines):
     def _log(self, client: Client) -> None:
         if self._run is None:
             return
-        tally, seconds = client.tally, max(self.elapsed, 1e-9)
+        tally = client.tally
+        requests, tokens = self._rates(client)
         values = {
             "prompts": self.done,
             "requests": tally.sent,
-            "requests_per_second": tally.sent / seconds,
-            "tokens_per_second": (tally.prompt_tokens + tally.completion_tokens) / seconds,
+            "requests_per_second": requests,
+            "tokens_per_second": tokens,
             "in_flight": client.in_flight,
             "cost": tally.cost + tally.waste,
         }
         for kind, counts in (("failures", tally.failures), ("retries", tally.retries)):
             values |= {f"{kind}/{cause}": number for cause, number in counts.items()}
         self._run.log(values)
+
+
+def _tokens(client: Client) -> int:
+    return client.tally.prompt_tokens + client.tally.completion_tokens
 
 
 def _counted(counts: Counter[str]) -> str:
