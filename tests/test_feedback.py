@@ -46,8 +46,9 @@ def arguments(url: str, folder: Path, *overrides: str, names: Sequence[str] = "a
     """The command line of `names` as models and j as judge, all behind one address."""
     source = folder / "prompts.jsonl"
     models = ",".join(f"{{name: {name}, base_url: '{url}'}}" for name in names)
+    given = [] if any(override.startswith("models=") for override in overrides) else [f"models=[{models}]"]
     return [
-        f"prompts={source if source.exists() else prompts(folder)}", f"output={folder / 'out'}", f"models=[{models}]",
+        f"prompts={source if source.exists() else prompts(folder)}", f"output={folder / 'out'}", *given,
         f"judge.base_url={url}", "judge.model=j", "limits.backoff=0.01", *overrides,
     ]  # fmt: skip
 
@@ -220,6 +221,15 @@ def test_replies_as_text_where_a_server_takes_no_schema(tmp_path: Path):
         for row in lines(output / "feedback.jsonl")
         for one in row["completions"]
     )
+
+
+def test_the_pool_may_stand_in_a_file(whole: tuple[Path, Server], tmp_path: Path):
+    with Server() as server:
+        pool = [{"name": name, "base_url": [server.url, server.url + "/"]} for name in "abcde"]
+        (tmp_path / "pool.yaml").write_text(json.dumps(pool))
+        assert content(ask(server.url, tmp_path, f"models={tmp_path / 'pool.yaml'}")) == content(whole[0])
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())["config"]
+    assert kept["models"] == pool
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,10 @@ CONFIGURATIONS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "one completion": (["completions=1"], ["completions=1: a preference needs at least 2"]),
     "models is no list": (["models={name: a}"], ["models must be a list such as [{name: m1, base_url: http://...}]"]),
+    "no file of models": (
+        ["models=pool.yaml"],
+        ["models: pool.yaml cannot be read as a list of models", "No such file"],
+    ),
     "a model is a word": (["models=[a]"], ["models[0] must be a group of keys with a name, got 'a'."]),
     "an unknown key of a model": (
         ["models=[{name: a, base_url: 'http://a/v1'}, {name: b, base_ur: 'http://a/v1'}]"],

@@ -33,7 +33,7 @@ from zephyr.feedback.record import Made, Recorded, Told, record, usable
 from zephyr.feedback.replay import as_recorded, holding
 from zephyr.feedback.report import Account
 from zephyr.feedback.request import Failure, Reply, Request
-from zephyr.feedback.settings import Feedback, parse
+from zephyr.feedback.settings import Feedback, listed, parse
 from zephyr.redact import redact
 
 FILES = ("feedback.jsonl", "failures.jsonl")
@@ -51,6 +51,7 @@ class Result(NamedTuple):
 
 def run(config: dict[str, Any]) -> None:
     """The command. Raises UserError, Stopped."""
+    config = {**config, "models": listed(config["models"])}  # as it is kept, whatever becomes of the file
     settings = parse(config)
     prompts = Prompts(settings.prompts, settings.limit, settings.bad_rows)
     collector = Collector(settings)

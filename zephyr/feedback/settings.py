@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from zephyr.errors import UserError
+import yaml
+
+from zephyr.errors import UserError, reason
 from zephyr.feedback.local import Local
 from zephyr.feedback.pool import Endpoint, Limits, Model, Price, Source
 from zephyr.feedback.replay import Replay, recordings
@@ -86,9 +88,7 @@ class Feedback:
 def parse(config: dict[str, Any]) -> Feedback:
     """Check a composed configuration and turn it into settings. Raises UserError at the first mistake."""
     config = dict(config)
-    default, judge, models = config.pop("default"), dict(config["judge"]), config["models"]
-    if not isinstance(models, list):
-        raise UserError(f"models must be a list such as [{{name: m1, base_url: http://...}}], got {models!r}.")
+    default, judge, models = config.pop("default"), dict(config["judge"]), listed(config["models"])
     if judge["model"] is None:
         raise UserError("judge.model is not set: give judge.model=VALUE.")
     own = {key: judge.pop(key) for key in ("rubrics", "critique", "second")}
@@ -99,6 +99,20 @@ def parse(config: dict[str, Any]) -> Feedback:
         for one in _every(_over(default, entry, f"models[{i}]"))
     ]
     return build(Feedback, config)
+
+
+def listed(models: Any) -> list[Any]:
+    """The pool of the command line, or of the YAML file that it names. Raises UserError where that is no list."""
+    where = "models"
+    if isinstance(models, str):
+        where = models
+        try:
+            models = yaml.safe_load(Path(models).expanduser().read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"models: {where} cannot be read as a list of models: {reason(error)}") from error
+    if not isinstance(models, list):
+        raise UserError(f"{where} must be a list such as [{{name: m1, base_url: http://...}}], got {models!r}.")
+    return models
 
 
 def backend(values: dict[str, Any], where: str) -> Backend:
