@@ -67,17 +67,18 @@ def win_rate(preferences: Iterable[Any]) -> WinRate:
     values = counted(numbers)
     rounded = [value if value == 1.5 else round(value) or 1.5 for value in numbers if math.isfinite(value)]
     discrete = [value - 1 for value in rounded if 1 <= value <= 2]
+    shares = [value - 1 for value in values]
     n, draws, wins = len(values), values.count(1.5), sum(value > 1.5 for value in values)
-    mean = math.fsum(values) / n if n else math.nan
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else math.nan
+    mean = math.fsum(shares) / n if n else math.nan
+    variance = math.fsum((share - mean) ** 2 for share in shares) / (n - 1) if n > 1 else math.nan
     return WinRate(
-        (mean - 1) * 100,
-        spread / math.sqrt(n) * 100 if n else math.nan,
+        mean * 100,
+        math.sqrt(variance / n) * 100 if n > 1 else math.nan,
         n,
         wins,
         n - wins - draws,
         draws,
-        sum(discrete) / len(discrete) * 100 if discrete else math.nan,
+        math.fsum(discrete) / len(discrete) * 100 if discrete else math.nan,
     )
 
 
