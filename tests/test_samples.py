@@ -79,6 +79,18 @@ def test_what_is_said_of_an_answer(tmp_path: Path) -> None:
     assert (second["answer"], second["reference"], second["score"]) == ("yes", None, None)
 
 
+def test_answers_are_measured_without_dropout(tmp_path: Path) -> None:
+    logps = []
+    for dropout in (0.0, 0.5):
+        policy = tiny.model(attention_dropout=dropout)
+        policy.set_attn_implementation(SEGMENTS)
+        callback = Samples(tiny.tokenizer(), PROMPTS, 9, path := tmp_path / f"{dropout}.jsonl")
+        task = SimpleNamespace(policy=policy, device=torch.device("cpu"))
+        callback.on_validation_end(alone(callback), task)  # type: ignore[arg-type]
+        logps.append([row["logp"] for row in read(path)])
+    assert logps[0] == logps[1]
+
+
 def test_repetition_worked_by_hand() -> None:
     assert repeated([1, 2, 3]) == 0.0
     assert repeated([1, 2, 3, 4, 5]) == 0.0
