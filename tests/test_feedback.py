@@ -114,16 +114,21 @@ def test_every_prompt_is_answered_by_four_models_and_judged(whole: tuple[Path, S
     assert (output / "failures.jsonl").read_bytes() == b""
 
 
-def test_the_first_aspect_goes_ahead_of_the_others(whole: tuple[Path, Server]):
+def test_the_first_aspect_goes_ahead_of_the_others(tmp_path: Path):
     """So that they find prompt and texts in the server's cache: all four begin alike, until the rubric."""
-    asked = [seen.body["messages"][-1]["content"] for seen in whole[1].seen if seen.body["model"] == "j"]
     rubrics = load_rubrics(None)
-    for n in range(12):
-        mine = [text for text in asked if f"\nquestion {n}?\n" in text and "] Text 2 begins" in text]
-        assert len(mine) == 4
-        shared = mine[0].index("Text 4 ends")
-        assert {text[:shared] for text in mine} == {mine[0][:shared]}
-        assert mine[0][shared:].startswith("Text 4 ends\n\n" + rubrics["instruction_following"].text)
+    with Server(lambda seen: Answer(delay=0.1)) as server:
+        ask(server.url, tmp_path, "limit=3", "judge.second=true")
+        asked = [(seen.at, seen.body["messages"][-1]["content"]) for seen in server.seen if seen.body["model"] == "j"]
+    for n in range(3):
+        mine = [one for one in asked if f"\nquestion {n}?\n" in one[1] and "] Text 2 begins" in one[1]]
+        assert len(mine) == 8
+        for start in {text.split("] Text 2 begins")[0] for _, text in mine}:  # of either judgement
+            (first, ahead), *others = [(at, text) for at, text in mine if text.startswith(start)]
+            shared = ahead.index("Text 4 ends")
+            assert ahead[shared:].startswith("Text 4 ends\n\n" + rubrics["instruction_following"].text)
+            assert len(others) == 3 and all(text.startswith(ahead[:shared]) for _, text in others)
+            assert all(at - first >= 0.1 for at, _ in others)
 
 
 def test_no_judge_is_told_who_wrote_a_text(tmp_path: Path):
