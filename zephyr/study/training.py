@@ -62,6 +62,7 @@ def ended(status: int) -> str:
 def write_chosen(files: dict[str, Path], data: dict[str, Any], seed: int) -> None:
     """The chosen side of every pair that dDPO is trained with, as conversations; `data` is dDPO's configuration.
 
+    Which answer is chosen does not depend on the seed, which draws the rejected one.
     Raises UserError at data that cannot be read.
     """
     for side, path in files.items():
