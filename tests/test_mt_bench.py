@@ -269,6 +269,17 @@ def test_without_a_reply_a_question_or_a_judgment_is_left_out_and_counted(tmp_pa
     assert "1 questions without an answer" in mt_bench.summary(results)
 
 
+def test_a_model_or_a_judge_that_never_answers_ends_the_run_with_the_reason(tmp_path):
+    refusal = Answer(400, body=b'{"error": {"message": "context is full"}}')
+    for silent, said in (("org/m", "none of 4 questions has an answer"), ("j", "judge 'j' has not answered once")):
+
+        def script(seen, silent=silent):
+            return refusal if seen.body["model"] == silent else say("[[4]]")(seen)
+
+        with Server(script) as server, pytest.raises(UserError, match=f"{said}.*refused: .*context is full"):
+            evaluate(tmp_path, server)
+
+
 def test_pairs_are_judged_in_both_orders(tmp_path):
     """The judge prefers the answer that says gold in the first question, and whatever stands first in the others."""
     baseline = [

@@ -122,13 +122,17 @@ async def run(client: Client, settings: Evaluation, folder: Path) -> Row:
         _complete(questions, baseline, "mt_bench.baseline", "mt_bench.mode=pair compares with them")
     _copies(settings, folder, judge.name)
     model = file_name(settings.name)
-    answers = await _answers(client, settings, questions, folder / "model_answer" / f"{model}.jsonl")
-    matches = list(_matches(questions, answers, references, baseline))
+    failures: list[Failure] = []
+    answers = await _answers(client, settings, questions, folder / "model_answer" / f"{model}.jsonl", failures)
+    matches = _matches(questions, answers, references, baseline)
     if not matches:
-        raise UserError(f"none of {len(questions)} questions has an answer that could be judged.")
+        raise UserError(f"MT-Bench: none of {len(questions)} questions has an answer to judge. {_why(failures)}")
     names = [model] if own.baseline is None or baseline is None else [model, _stem(own.baseline)]
-    judging = [_judged(client, judge, prompts, match, names) for match in matches]
+    failures.clear()
+    judging = [_judged(client, judge, prompts, match, names, failures) for match in matches]
     rows = await all_of(client, "MT-Bench, judgments", judging)
+    if len(failures) == len(rows) * len(names):
+        raise UserError(f"MT-Bench: the judge {judge.name!r} has not answered once. {_why(failures)}")
     _write_dated(folder / "model_judgment" / f"{file_name(judge.name)}_{own.mode}.jsonl", rows)
     results = _counted(rows, model, _categories(questions))
     unanswered = len(questions) - sum(row["question_id"] in answers for row in questions)
@@ -157,8 +161,11 @@ def _said(part: Row) -> str:
     return f"{part['score']:.3f}  [{part['interval'][0]:.3f}, {part['interval'][1]:.3f}]  n {part['n']}"
 
 
-async def _answers(client: Client, settings: Evaluation, questions: list[Row], path: Path) -> dict[Any, Row]:
-    """The answers that a file holds, or the model's, by question; written either way."""
+async def _answers(
+    client: Client, settings: Evaluation, questions: list[Row], path: Path, failures: list[Failure]
+) -> dict[Any, Row]:
+    """The answers that a file holds, or the model's, by question; written either way. What fails is added to
+    `failures`."""
     own = settings.mt_bench.answers
     if own is not None:
         given = _by_question(own, "mt_bench.answers")
@@ -167,13 +174,14 @@ async def _answers(client: Client, settings: Evaluation, questions: list[Row], p
         return given
     answering = settings.the_model()
     asked = await all_of(client, "MT-Bench, answers", [_answer(client, answering, row) for row in questions])
-    rows = [row for row in asked if row is not None]
+    rows = [row for row in asked if not isinstance(row, Failure)]
+    failures += [row for row in asked if isinstance(row, Failure)]
     _write_dated(path, rows)
     return {row["question_id"]: row for row in rows}
 
 
-async def _answer(client: Client, model: Answering, question: Row) -> Row | None:
-    """Its turns one after the other, each with the model's own answers before it; None where one has no reply."""
+async def _answer(client: Client, model: Answering, question: Row) -> Row | Failure:
+    """Its turns one after the other, each with the model's own answers before it; how one failed, where one did."""
     prescribed = TEMPERATURES.get(question["category"], 0.7)
     parameters = model.sampling(question.get("required_temperature", prescribed), MAX_TOKENS)
     messages: list[Message] = []
@@ -181,7 +189,7 @@ async def _answer(client: Client, model: Answering, question: Row) -> Row | None
         messages.append({"role": "user", "content": turn})
         reply = await client.ask(Request(model.backend.name, list(messages), parameters))
         if isinstance(reply, Failure):
-            return None
+            return reply
         messages.append({"role": "assistant", "content": reply.text})
     turns = [message["content"] for message in messages[1::2]]
     name = model.backend.name
@@ -208,12 +216,15 @@ def _matches(
     return matches
 
 
-async def _judged(client: Client, judge: Backend, prompts: Prompts, match: Match, names: list[str]) -> Row:
-    """One judgment, of the model `names` begins with; of two, in both orders."""
+async def _judged(
+    client: Client, judge: Backend, prompts: Prompts, match: Match, names: list[str], failures: list[Failure]
+) -> Row:
+    """One judgment, of the model `names` begins with; of two, in both orders. What fails is added to `failures`."""
     orders = [match.answers] if len(names) == 1 else [match.answers, match.answers[::-1]]
     asked = [prompts.ask(case(match.question, order, match.reference, match.turn)) for order in orders]
     requests = [Request(judge.name, prompt.messages, judge.sampling) for prompt in asked]
     replies = await asyncio.gather(*(client.ask(request) for request in requests))
+    failures += [reply for reply in replies if isinstance(reply, Failure)]
     said = [reply.text if isinstance(reply, Reply) else NO_REPLY for reply in replies]
     row: Row = {"question_id": match.question["question_id"]}
     by = [judge.name, asked[0].name]
@@ -225,6 +236,10 @@ async def _judged(client: Client, judge: Backend, prompts: Prompts, match: Match
     row |= {"model_1": names[0], "model_2": names[1], "g1_winner": first, "g2_winner": second, "judge": by}
     row |= {"g1_user_prompt": asked[0].text, "g1_judgment": said[0]}
     return row | {"g2_user_prompt": asked[1].text, "g2_judgment": said[1], "turn": match.turn}
+
+
+def _why(failures: list[Failure]) -> str:
+    return f"The first failure, {failures[0].cause}: {failures[0].detail}" if failures else ""
 
 
 def _counted(rows: list[Row], model: str, categories: Mapping[Any, str]) -> Row:
