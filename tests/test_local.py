@@ -50,16 +50,38 @@ def ask(ledger, source, requests, limits=None):
     return asyncio.run(run())
 
 
-def watched(monkeypatch):
-    """The lengths of the prompts of each batch that is written."""
-    seen, write = [], generation.write
+def watched(monkeypatch, before=lambda lengths: None):
+    """The lengths of the prompts that are begun together, as they come."""
+    seen, respond = [], generation.respond
 
-    def spy(model, tokenizer, prompts, *rest):
-        seen.append([len(prompt) for prompt in prompts])
-        return write(model, tokenizer, prompts, *rest)
+    def spy(model, tokenizer, rows, more, stopped):
+        def watch(places):
+            given = more(places)
+            if given:
+                seen.append([len(prompt) for prompt, _ in given])
+                before(seen[-1])
+            return given
 
-    monkeypatch.setattr(generation, "write", spy)
+        return respond(model, tokenizer, rows, watch, stopped)
+
+    monkeypatch.setattr(generation, "respond", spy)
     return seen
+
+
+def pretended(monkeypatch, act):
+    """Answers of one letter, each batch after an act of the test's own."""
+
+    def respond(model, tokenizer, rows, more, stopped):
+        number = 0
+        while given := more(rows):
+            act(stopped)
+            for _ in given:
+                if stopped():
+                    return
+                yield number, [65], True
+                number += 1
+
+    monkeypatch.setattr(generation, "respond", respond)
 
 
 def test_an_answer_does_not_depend_on_the_batch(tmp_path, folder, monkeypatch):
@@ -171,15 +193,12 @@ def test_a_parameter_that_would_be_ignored_is_named(tmp_path, folder):
 
 def test_memory_that_runs_out_halves_the_batch(tmp_path, folder, monkeypatch):
     expected, _ = ask(tmp_path / "1", Local(folder, 8), [request(n) for n in range(8)])
-    batches, write = [], generation.write
 
-    def small(model, tokenizer, prompts, *rest):
-        batches.append(len(prompts))
-        if len(prompts) > 2 or max(map(len, prompts)) > 150:
+    def small(lengths):
+        if len(lengths) > 2 or max(lengths) > 150:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return write(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr(generation, "write", small)
+    batches = watched(monkeypatch, small)
     huge = Request("m", [{"role": "user", "content": "a" * 200}], SAMPLED)
 
     async def run():
@@ -191,15 +210,15 @@ def test_memory_that_runs_out_halves_the_batch(tmp_path, folder, monkeypatch):
 
     first, then = asyncio.run(run())
     assert [reply.text for reply in first] == [reply.text for reply in expected]
-    assert batches[:6] == [8, 4, 2, 2, 4, 2]
-    assert max(batches[7:]) == 2  # it is remembered
+    sizes = [len(batch) for batch in batches]
+    assert sizes[:3] == [8, 4, 2] and max(sizes[2:]) == 2  # it is remembered
     assert isinstance(then[1], Failure) and "memory does not hold" in then[1].detail
     assert isinstance(then[0], Reply) and isinstance(then[2], Reply)
 
 
 def test_batches_hold_what_is_alike_in_length(tmp_path, folder, monkeypatch):
     batches = watched(monkeypatch)
-    replies, _ = ask(tmp_path, Local(folder, 4), [request(n) for n in range(20) if n % 5 < 4])
+    replies, _ = ask(tmp_path, Local(folder, 4), [request(n, max_tokens=1) for n in range(20) if n % 5 < 4])
     assert all(isinstance(reply, Reply) for reply in replies)
     assert [len(batch) for batch in batches] == [4] * 4
     # four lengths, ten characters apart, were asked for in turn; the number has one digit or two
@@ -207,11 +226,7 @@ def test_batches_hold_what_is_alike_in_length(tmp_path, folder, monkeypatch):
 
 
 def test_the_loop_goes_on_while_a_batch_is_written(tmp_path, folder, monkeypatch):
-    def slow(model, tokenizer, prompts, samplings, stopped):
-        time.sleep(0.3)
-        return [([65], True)] * len(prompts)
-
-    monkeypatch.setattr(generation, "write", slow)
+    pretended(monkeypatch, lambda stopped: time.sleep(0.3))
 
     async def run():
         ticks = 0
@@ -230,12 +245,11 @@ def test_the_loop_goes_on_while_a_batch_is_written(tmp_path, folder, monkeypatch
 def test_a_client_that_is_left_stops_the_batch(tmp_path, folder, monkeypatch):
     steps = []
 
-    def endless(model, tokenizer, prompts, samplings, stopped):
+    def endless(stopped):
         while not stopped():
             steps.append(time.sleep(0.01))
-        return [([65], False)] * len(prompts)
 
-    monkeypatch.setattr(generation, "write", endless)
+    pretended(monkeypatch, endless)
 
     async def run():
         with Ledger(tmp_path / "l.sqlite") as book:
@@ -257,7 +271,7 @@ def test_a_client_that_is_left_stops_the_batch(tmp_path, folder, monkeypatch):
 def test_models_are_loaded_and_answer_one_after_another(tmp_path, folder, monkeypatch):
     running, most = Counter[str](), Counter[str]()
 
-    def counted(name, act):
+    def counted(name, act=lambda *_: None):
         def one(*given):
             running[name] += 1
             most[name] = max(most[name], running[name])
@@ -269,8 +283,7 @@ def test_models_are_loaded_and_answer_one_after_another(tmp_path, folder, monkey
         return one
 
     monkeypatch.setattr(local, "load", counted("load", local.load))
-    written = counted("write", lambda model, tokenizer, rows, *rest: [([65], True)] * len(rows))
-    monkeypatch.setattr(generation, "write", written)
+    pretended(monkeypatch, counted("write"))
     pool = [Model(name, (Local(folder, size),)) for name, size in (("a", 4), ("b", 5))]
 
     async def run():
@@ -297,3 +310,19 @@ def test_names_of_one_folder_are_one_model(tmp_path, folder, monkeypatch):
     assert [len(batch) for batch in batches] == [2]  # loaded once, answered together
     assert cold.text != hot.text and cold.model.startswith("cold@") and hot.model.startswith("hot@")
     assert json.dumps([cold.finish_reason, hot.finish_reason])
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one_and_makes_room(tmp_path, folder, monkeypatch):
+    begun = watched(monkeypatch)
+
+    async def run():
+        with Ledger(tmp_path / "l.sqlite") as book:
+            async with Client([Model("m", (Local(folder, 2),))], book) as client:
+                long = asyncio.create_task(client.ask(request(0, temperature=0.0, max_tokens=450)))
+                await client.ask(request(1, max_tokens=2))
+                await client.ask(request(2, max_tokens=2))
+                assert not long.done()
+                return await long
+
+    assert asyncio.run(run()).completion_tokens > 20
+    assert [len(batch) for batch in begun] == [2, 1]  # the third joined the first

@@ -8,7 +8,7 @@ Keys and values lie in memory with room to spare, since one more column would ot
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,22 +60,31 @@ def decode(
     rows: int,
     stopped: Callable[[], bool] = lambda: False,
     every: int = EVERY,
+    more: Callable[[int], Iterable[tuple[list[int], Sampling]]] = lambda places: (),
 ) -> Iterator[Written]:
     """What `core`, a transformers model in evaluation mode, writes behind each prompt, at most `rows` at once.
 
     `ends` are the end-of-turn tokens. Each row depends on its own prompt and sampling alone, but for rounding. When
-    `stopped` says so, which is asked every few tokens, all rows end where they are.
+    `stopped` says so, which is asked every few tokens, all rows end where they are. Where there are places and nothing
+    waits for them, `more` is asked for prompts, which are counted on.
     """
-    waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # what takes most memory first
+    known = len(prompts)
+    each = zip(range(known), prompts, samplings, strict=True)
+    waiting = deque(sorted(each, key=lambda one: -len(one[1])))  # what takes most memory first
     every = 1 if core.device.type == "cpu" else every  # a look costs nothing there
     batch = _Batch(core)
     live: list[_Row] = []
-    while waiting or live:
-        if stopped():
+    while not stopped():
+        room = not live or (batch.movable and 4 * len(live) <= 3 * rows)
+        if room and not waiting:
+            for prompt, sampling in more(rows - len(live)):
+                waiting.append((known, prompt, sampling))
+                known += 1
+        if not waiting and not live:
             return
-        if waiting and (not live or (batch.movable and 4 * len(live) <= 3 * rows)):
+        if waiting and room:
             places = min(rows - len(live), len(waiting))
-            written = [_Row(i, prompts[i], samplings[i]) for i in (waiting.popleft() for _ in range(places))]
+            written = [_Row(*waiting.popleft()) for _ in range(places)]
             tokens = batch.admit(written)
         else:
             written = batch.rows

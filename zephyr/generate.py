@@ -5,6 +5,7 @@ Both leave the model as they found it, so that they may run in the middle of tra
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -62,21 +63,35 @@ def answer(
     return answers
 
 
-def write(
+def respond(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    samplings: Sequence[Sampling],
-    stopped: Callable[[], bool] = lambda: False,
-) -> list[tuple[list[int], bool]]:
-    """The tokens written behind each prompt, and whether an end-of-turn token (not among them) ended them.
+    rows: int,
+    more: Callable[[int], Sequence[tuple[list[int], Sampling]]],
+    stopped: Callable[[], bool],
+) -> Iterator[tuple[int, list[int], bool]]:
+    """Answers to the prompts that `more` gives when asked for so many, each when it has ended, `rows` at once.
 
-    One batch. Each row depends on its own prompt and sampling alone. When `stopped` says so, rows end where they are.
+    An answer is the prompt's number, in the order of giving, its tokens, and whether an end-of-turn token (not among
+    them) ended it. Each depends on its own prompt and sampling alone. It ends when `more` gives nothing and all have
+    ended, or when `stopped` says so.
     """
-    return [
-        (tokens, end is not None)
-        for tokens, end in _written(model, tokenizer, prompts, samplings, len(prompts), stopped)
-    ]
+    numbers = count()
+    most: dict[int, int] = {}  # tokens, of those under way
+    answers: dict[int, list[int]] = {}
+
+    def counted(places: int) -> Sequence[tuple[list[int], Sampling]]:
+        given = more(places)
+        for _, sampling in given:
+            most[next(numbers)] = sampling.max_new_tokens
+        return given
+
+    with _ready(model) as core:
+        for row, tokens, end in decode(core, [], [], _ends(model, tokenizer), rows, stopped, more=counted):
+            answers[row] = answers.get(row, []) + tokens
+            if end is not None or len(answers[row]) == most[row]:
+                del most[row]
+                yield row, answers.pop(row), end is not None
 
 
 def stream(
@@ -114,13 +129,12 @@ def _written(
     prompts: Sequence[list[int]],
     samplings: Sequence[Sampling],
     rows: int,
-    stopped: Callable[[], bool] = lambda: False,
 ) -> list[tuple[list[int], int | None]]:
     """The tokens written behind each prompt, and the end-of-turn token that ended them."""
     answers: list[list[int]] = [[] for _ in prompts]
     ends: list[int | None] = [None] * len(prompts)
     with _ready(model) as core:
-        for row, tokens, end in decode(core, prompts, samplings, _ends(model, tokenizer), rows, stopped):
+        for row, tokens, end in decode(core, prompts, samplings, _ends(model, tokenizer), rows):
             answers[row] += tokens
             ends[row] = end
     return list(zip(answers, ends, strict=True))

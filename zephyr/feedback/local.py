@@ -1,4 +1,5 @@
-"""A model in this process, asked as a server is: what waits is answered in batches, in a thread beside the event loop.
+"""A model in this process, asked as a server is. A thread beside the event loop answers what waits, many at once; who
+has his answer makes room for the next.
 
 An answer depends on its request alone, not on what else is in the batch: what is drawn at random is drawn from a
 generator of the request's own. The weights are part of what the ledger knows a request by, so an answer of other
@@ -11,10 +12,11 @@ import hashlib
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from zephyr.feedback.server import Refused
 if TYPE_CHECKING:
     from zephyr.sampling import Sampling
 
-_GATHER_SECONDS = 0.02  # without another request, after which a batch begins: those of a prompt come together
+_GATHER_SECONDS = 0.02  # without another request, after which writing begins: those of a prompt come together
 _UNBOUNDED = 4096  # tokens of a completion that has no limit, as Request has it
 _PARAMETERS = {"temperature", "top_p", "max_tokens", "max_completion_tokens", "seed"}
 _KINDS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # files that decide what a model says
@@ -50,16 +52,12 @@ class Local:
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 of its files, in hexadecimal. A gigabyte takes about a second: less than loading it."""
+        """SHA-256 of its files, in hexadecimal. Takes a second or two a gigabyte."""
         return _fingerprint(find_model(self.path)).hex()
 
     def open(self, limits: Limits, secrets: set[str]) -> Answering:
         """Raises UserError where there is no model. It is loaded when it is first asked."""
         return LocalServer(self)
-
-
-class _Closed(Exception):
-    """Nobody waits for the batch."""
 
 
 @dataclass
@@ -71,6 +69,7 @@ class _Job:
     size: int  # bytes
     seed: int
     done: "asyncio.Future[dict[str, Any]]"
+    prompt: int = 0  # tokens
 
 
 class LocalServer:
@@ -81,6 +80,7 @@ class LocalServer:
         self.folder = find_model(source.path)
         self._rows = source.rows  # of a batch; fewer once memory has run out
         self._waiting: list[_Job] = []
+        self._changing = threading.Lock()  # what waits is added to here, and taken in the thread
         self._working: asyncio.Task[None] | None = None
         self._closed = threading.Event()
         self._thread = ThreadPoolExecutor(1, "model")
@@ -95,72 +95,93 @@ class LocalServer:
                 f"{', '.join(sorted(strangers))}. Take it out of the model's parameters, or serve the model."
             )
         done = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Job(model.name, asked, len(body), int(key[:16], 16) >> 1, done))
+        with self._changing:
+            self._waiting.append(_Job(model.name, asked, len(body), int(key[:16], 16) >> 1, done))
         if self._working is None:
             self._working = asyncio.create_task(self._work())
         return await done
 
     async def _work(self) -> None:
-        """Batch after batch, until nothing waits."""
+        """Until nothing waits."""
         loop = asyncio.get_running_loop()
         try:
-            await asyncio.sleep(_GATHER_SECONDS)
-            while self._waiting:
-                known = 0
-                while known < len(self._waiting) < self._rows:
-                    known = len(self._waiting)
-                    await asyncio.sleep(_GATHER_SECONDS)
-                batch = self._batch()
-                try:
-                    outcomes = await loop.run_in_executor(self._thread, self._answer, batch)
-                except Exception as error:  # of the model as a whole: who asked for it is told
-                    outcomes = [error] * len(batch)
-                for job, outcome in zip(batch, outcomes, strict=True):
-                    if job.done.done():  # who asked has gone
-                        continue
-                    if isinstance(outcome, Exception):
-                        job.done.set_exception(outcome)
-                    else:
-                        job.done.set_result(outcome)
+            known = 0
+            while known < len(self._waiting):  # so that the batch is full from its first token
+                known = len(self._waiting)
+                await asyncio.sleep(_GATHER_SECONDS)
+            while self._waiting and not self._closed.is_set():
+                await loop.run_in_executor(self._thread, self._answer, loop)
+        except Exception as error:  # of the model as a whole: who waits for it is told
+            with self._changing:
+                waiting, self._waiting = self._waiting, []
+            for job in waiting:
+                _settle(job, error)
         finally:
             self._working = None
 
-    def _batch(self) -> list[_Job]:
-        """The request that has waited longest, and those nearest to it in length: little of the batch is padding."""
-        waiting = [job for job in self._waiting if not job.done.done()]
-        batch = sorted(waiting, key=lambda job: abs(job.size - waiting[0].size))[: self._rows]
-        self._waiting = [job for job in waiting if job not in batch]
-        return batch
+    def _answer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Answer what waits, and what comes in meanwhile, in the thread."""
+        with _loading:
+            import torch
 
-    def _answer(self, batch: Sequence[_Job]) -> list[Any]:
-        """For each request a completion, or why there is none."""
-        if self._loaded is None:
-            with _loading:
-                self._loaded = load(self.folder)
+            from zephyr.generate import respond
+
+            self._loaded = self._loaded or load(self.folder)
         model, tokenizer = self._loaded
-        prepared: dict[int, tuple[list[int], Sampling]] = {}
-        outcomes: list[Any] = [None] * len(batch)
-        for i, job in enumerate(batch):
-            try:
-                prepared[i] = self._prepared(job)
-            except Refused as refused:
-                outcomes[i] = refused
-        with _turns[str(model.device)]:
-            written = dict(zip(prepared, self._write(list(prepared.values())), strict=True))
-        for i, row in written.items():
-            if row is None:
-                outcomes[i] = Refused(f"{self.folder}: the device's memory does not hold this one conversation.")
-                continue
-            tokens, ended = row
-            text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        numbers = count()
+        open_: dict[int, _Job] = {}  # what has no answer yet
+
+        def more(places: int) -> "list[tuple[list[int], Sampling]]":
+            rows: list[tuple[list[int], Sampling]] = []
+            while not rows and (jobs := self._take(places)):
+                for job in jobs:
+                    try:
+                        rows.append(self._prepared(job))
+                    except Refused as refused:
+                        loop.call_soon_threadsafe(_settle, job, refused)
+                        continue
+                    open_[next(numbers)] = job
+            return rows
+
+        try:
+            with _turns[str(model.device)]:
+                for number, tokens, ended in respond(model, tokenizer, self._rows, more, self._closed.is_set):
+                    job = open_.pop(number)
+                    loop.call_soon_threadsafe(_settle, job, self._completion(job, tokens, ended))
+            return
+        except torch.OutOfMemoryError:
+            pass  # and only behind this block are the tensors of the attempt gone
+        except BaseException:
+            self._give_back(open_)
+            raise
+        torch.cuda.empty_cache()
+        if len(open_) == 1:
+            refused = Refused(f"{self.folder}: the device's memory does not hold this one conversation.")
+            loop.call_soon_threadsafe(_settle, open_.popitem()[1], refused)
+        self._rows = max(1, min(self._rows, len(open_)) // 2)
+        self._give_back(open_)
+
+    def _take(self, places: int) -> list[_Job]:
+        """The request that has waited longest, and those nearest to it in length: little of the batch is padding."""
+        with self._changing:
+            waiting = [job for job in self._waiting if not job.done.done()]  # who asked may have gone
+            jobs = sorted(waiting, key=lambda job: abs(job.size - waiting[0].size))[:places]
+            self._waiting = [job for job in waiting if job not in jobs]
+        return jobs
+
+    def _give_back(self, jobs: Mapping[int, _Job]) -> None:
+        with self._changing:
+            self._waiting = [*jobs.values(), *self._waiting]
+
+    def _completion(self, job: _Job, tokens: list[int], ended: bool) -> dict[str, Any]:
+        assert self._loaded is not None
+        text = self._loaded[1].decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return {
+            "model": f"{job.name}@{self.endpoint.identity[:12]}",
+            "choices": [{"message": {"content": str(text)}, "finish_reason": "stop" if ended else "length"}],
             # the end-of-turn token was written too
-            prompt, answer = len(prepared[i][0]), len(tokens) + ended
-            outcomes[i] = {
-                "model": f"{batch[i].name}@{self.endpoint.identity[:12]}",
-                "choices": [{"message": {"content": str(text)}, "finish_reason": "stop" if ended else "length"}],
-                "usage": {"prompt_tokens": prompt, "completion_tokens": answer},
-            }
-        return outcomes
+            "usage": {"prompt_tokens": job.prompt, "completion_tokens": len(tokens) + ended},
+        }
 
     def _prepared(self, job: _Job) -> "tuple[list[int], Sampling]":
         """The prompt's tokens, and how to write behind them. Raises Refused."""
@@ -173,6 +194,7 @@ class LocalServer:
         except Exception as error:  # of Jinja or of the tokenizer: this conversation is not one that it knows
             raise Refused(f"{self.folder}: its chat template refuses the conversation: {reason(error)}") from error
         prompt: list[int] = row["input_ids"]
+        job.prompt = len(prompt)
         window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         room = window - len(prompt) if window else None
         if room is not None and room < 1:
@@ -181,32 +203,8 @@ class LocalServer:
         most = given if room is None else min(given, room)
         return prompt, Sampling(most, job.body.get("temperature", 1.0), job.body.get("top_p", 1.0), job.seed)
 
-    def _write(self, rows: "Sequence[tuple[list[int], Sampling]]") -> "list[tuple[list[int], bool] | None]":
-        """What is written behind each prompt; None where memory holds not even the one. Halves where it ran out."""
-        import torch
-
-        from zephyr.generate import write
-
-        if not rows:
-            return []
-        assert self._loaded is not None
-        try:
-            prompts, samplings = zip(*rows, strict=True)
-            found = write(*self._loaded, prompts, samplings, self._closed.is_set)
-        except torch.OutOfMemoryError:
-            found = None  # and only behind this block are the tensors of the attempt gone
-        if self._closed.is_set():
-            raise _Closed  # what was written is cut off
-        if found is not None:
-            return list(found)
-        torch.cuda.empty_cache()
-        if len(rows) == 1:
-            return [None]
-        self._rows = min(self._rows, len(rows) // 2)
-        return [*self._write(rows[: len(rows) // 2]), *self._write(rows[len(rows) // 2 :])]
-
     async def close(self) -> None:
-        """Stops a batch that nobody waits for any more, and gives the memory back."""
+        """Stops writing what nobody waits for any more, and gives the memory back."""
         self._closed.set()
         if self._working is not None:
             self._working.cancel()
@@ -214,6 +212,15 @@ class LocalServer:
                 await self._working
         await asyncio.to_thread(self._thread.shutdown)
         self._loaded = None
+
+
+def _settle(job: _Job, outcome: dict[str, Any] | Exception) -> None:
+    if job.done.done():  # who asked has gone
+        return
+    if isinstance(outcome, Exception):
+        job.done.set_exception(outcome)
+    else:
+        job.done.set_result(outcome)
 
 
 def _fingerprint(folder: Path) -> bytes:
