@@ -60,7 +60,7 @@ class Local:
         return LocalServer(self)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """A request that waits."""
 
@@ -78,6 +78,7 @@ class LocalServer:
     def __init__(self, source: Local) -> None:
         self.endpoint = source
         self.folder = find_model(source.path)
+        self._weights = source.identity[:12]  # read now, as later others' answers would wait meanwhile
         self._rows = source.rows  # of a batch; fewer once memory has run out
         self._waiting: list[_Job] = []
         self._changing = threading.Lock()  # what waits is added to here, and taken in the thread
@@ -177,7 +178,7 @@ class LocalServer:
         assert self._loaded is not None
         text = self._loaded[1].decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return {
-            "model": f"{job.name}@{self.endpoint.identity[:12]}",
+            "model": f"{job.name}@{self._weights}",
             "choices": [{"message": {"content": str(text)}, "finish_reason": "stop" if ended else "length"}],
             # the end-of-turn token was written too
             "usage": {"prompt_tokens": job.prompt, "completion_tokens": len(tokens) + ended},
