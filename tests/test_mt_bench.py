@@ -306,6 +306,11 @@ def test_pairs_are_judged_in_both_orders(tmp_path):
     assert (results["loss_rate"], results["tie_rate"], results["n"]) == (2 / 7, 5 / 7, 7)
     assert (tmp_path / "mt_bench/model_answer/base.jsonl").read_text() == Path(file).read_text()
     assert "against base" in mt_bench.summary(results)
+    with Server() as server:  # of the file either side can be counted
+        kept = f"mt_bench.judgments={tmp_path / 'mt_bench/model_judgment/j_pair.jsonl'}"
+        assert evaluate(tmp_path, server, kept)["loss_rate"] == 2 / 7
+        other = evaluate(tmp_path, server, kept, "answer.name=base")
+    assert (other["win_rate"], other["baseline"]) == (2 / 7, "org_m")
 
 
 def test_answers_of_a_file_are_judged_without_a_model_and_kept_as_they_are(tmp_path):

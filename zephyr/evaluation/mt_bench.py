@@ -244,19 +244,19 @@ def _why(failures: list[Failure]) -> str:
 
 def _counted(rows: list[Row], model: str, categories: Mapping[Any, str]) -> Row:
     """The figures of `model`, or of the one model that the judgments speak of."""
-    pairs = [row for row in rows if "g1_winner" in row]
-    mode, side = ("pair", "model_1") if pairs else ("single", "model")
-    models = list(dict.fromkeys(row[side] for row in pairs or rows))
-    if model not in models:
+    mode, sides = ("pair", ("model_1", "model_2")) if "g1_winner" in rows[0] else ("single", ("model",))
+    rows = [row for row in rows if all(side in row for side in sides)]
+    if all(model != row[side] for row in rows for side in sides):
+        models = list(dict.fromkeys(row[sides[0]] for row in rows))
         if len(models) != 1:
             raise UserError(f"these judgments are of {', '.join(models)}: choose one with answer.name=NAME.")
         model = models[0]
-    of_it = [row for row in pairs or rows if row[side] == model]
+    of_it = [row for row in rows if model in [row[side] for side in sides]]
     head = {"model": model, "mode": mode, "judge": ", ".join(dict.fromkeys(_judge(row) for row in of_it))}
-    if not pairs:
+    if mode == "single":
         return head | scored(of_it, categories)
-    others = ", ".join(dict.fromkeys(row["model_2"] for row in of_it))
-    return head | {"baseline": others} | compared(of_it, model, categories)
+    others = dict.fromkeys(row[side] for row in of_it for side in sides if row[side] != model)
+    return head | {"baseline": ", ".join(others)} | compared(of_it, model, categories)
 
 
 def _judge(row: Row) -> str:
