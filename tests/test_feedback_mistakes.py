@@ -110,6 +110,7 @@ def test_what_must_be_given(missing: str, tmp_path: Path, capsys: pytest.Capture
         ("", ["prompts.jsonl is empty: it holds no row."]),
         ("\n\n", ["prompts.jsonl is empty: it holds no row."]),
         ('{"question": "Why?"}\n', ["none of 1 rows can be used", "line 1", "found question"]),
+        ('{"prompt": "\\ud83d"}\n', ["none of 1 rows can be used", "line 1", "half a character"]),
         ('{"prompt": ""}\n[]\n', ["none of 2 rows can be used", "line 1"]),
         ('{"messages": [{"role": "assistant", "content": "So."}]}\n', ["none of 1 rows can be used"]),
     ],

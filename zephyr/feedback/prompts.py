@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from zephyr import demo
 from zephyr.data import sources
-from zephyr.data.messages import BadRow, Message, Row, checked_messages
+from zephyr.data.messages import BadRow, Message, Row, checked_message, checked_messages
 from zephyr.errors import UserError
 
 _NAMED = 20  # bad rows that are named in the report; all are counted
@@ -68,6 +68,7 @@ def read(row: Row) -> Prompt:
     """The prompt of a row. Raises BadRow where it holds none."""
     where, columns = row
     messages = _open(columns, where) or sources.question(row)[0]
+    checked_message("user", messages[-1]["content"], where, "the prompt")
     if not messages[-1]["content"].strip():
         raise BadRow(f"{where}: nothing is asked: the user's turn is empty.")
     source = columns.get("source")
