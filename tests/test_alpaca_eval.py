@@ -261,11 +261,26 @@ def test_what_cannot_be_read_is_null_and_counted(tmp_path, baseline):
     results, _ = evaluate(tmp_path, script, f"alpaca_eval.baseline={baseline}", "limit=8")
     assert (results["n"], results["failed"]) == (6, 2)
     assert results["failures"] == {"answer refused": 1, "judgement unreadable": 1}
+    assert results["first_failure"].endswith("no.")  # as the server said it
     rows = annotations(tmp_path)
     assert [row["preference"] for row in rows].count(None) == 1 and len(rows) == 7
     assert "2 without a preference: 1 answer refused, 1 judgement unreadable" in alpaca_eval.summary(
         {**results, "model": "ours"}
     )
+
+
+def test_a_model_or_a_judge_that_never_answers_ends_the_run_with_its_reason(tmp_path, baseline):
+    for refusing in ("ours", "judge"):
+
+        def script(seen, refusing=refusing):
+            if seen.body["model"] == refusing:
+                return Answer(400, {}, b'{"error": {"message": "no such model"}}')
+            return judge_and_model(seen)
+
+        who = "model" if refusing == "ours" else "judge"
+        with pytest.raises(UserError, match=f"the {who} has not answered once. .* refused: .*no such model"):
+            evaluate(tmp_path / refusing, script, f"alpaca_eval.baseline={baseline}", "limit=5")
+        assert not (tmp_path / refusing / "alpaca_eval").exists()
 
 
 def test_the_users_own_template_and_files(tmp_path, baseline):

@@ -49,13 +49,21 @@ class Example(NamedTuple):
     generator: str  # the baseline's name
 
 
+class Trouble(NamedTuple):
+    """Why there is no preference."""
+
+    cause: str
+    detail: str
+    asked: str | None  # who gave no reply: model or judge
+
+
 class Annotated(NamedTuple):
     """What became of an example."""
 
     row: dict[str, Any] | None  # of annotations.json; None where the model gave no answer
-    trouble: str | None  # why there is no preference
-    weighted: bool  # by log-probabilities
-    first: float | None  # how far the judge preferred what it saw first: 1, 0.5, 0, or between
+    trouble: Trouble | None = None
+    weighted: bool = False  # by log-probabilities
+    first: float | None = None  # how far the judge preferred what it saw first: 1, 0.5, 0, or between
 
 
 def win_rate(preferences: Iterable[Any]) -> WinRate:
@@ -88,7 +96,8 @@ def counted(preferences: Iterable[Any]) -> list[float]:
 
 
 async def run(client: Client, settings: Evaluation, folder: Path) -> dict[str, Any]:
-    """Answer, judge and count; the results. Writes outputs.json and annotations.json into `folder`."""
+    """Answer, judge and count; the results. Writes outputs.json and annotations.json into `folder`. Raises UserError
+    where the model or the judge has not answered once."""
     own = settings.alpaca_eval
     if own.annotations is not None:
         rows = [row for _, row in sources.read(sources.files(own.annotations, "alpaca_eval.annotations"))]
@@ -96,63 +105,75 @@ async def run(client: Client, settings: Evaluation, folder: Path) -> dict[str, A
             raise UserError(f"{own.annotations} holds no annotations: rows need a preference.")
         write(folder / "annotations.json", official_json(rows))
         return _results(rows, Counter(_missing(row["preference"]) for row in rows if not counted([row["preference"]])))
-    judge = settings.the_judge()
     examples = _examples(own, settings.limit)
     template = pairwise.load_template(own.prompt) if own.prompt is not None else None
     given = _outputs(own.outputs, examples) if own.outputs is not None else None
-    if given is None:
-        model = settings.the_model()
-        asked = [{"role": "user", "content": example.instruction} for example in examples]
-        requests = [
-            Request(model.backend.name, [message], model.sampling(_TEMPERATURE, _MAX_TOKENS)) for message in asked
-        ]
-
-    async def one(place: int, example: Example) -> Annotated:
-        if given is None:
-            reply = await client.ask(requests[place])
-            if isinstance(reply, Failure):
-                return Annotated(None, f"answer {reply.cause}", False, None)
-            answer = reply.text.strip()  # as the official tool does
-        else:
-            answer = given[example.instruction]
-        row: dict[str, Any] = {
-            "instruction": example.instruction,
-            "output_1": example.output,
-            "generator_1": example.generator,
-            **({} if example.dataset is None else {"dataset": example.dataset}),
-            "output_2": answer,
-            "generator_2": settings.name,
-            "annotator": judge.name,
-            "preference": None,
-            "price_per_example": None,
-            "time_per_example": None,
-        }
-        if answer == example.output:  # the official tool asks nobody either
-            return Annotated({**row, "preference": 1.5}, None, False, None)
-        swapped = _swapped(example.instruction, own.seed)
-        shown = (answer, example.output) if swapped else (example.output, answer)
-        request = pairwise.request(judge, example.instruction, shown, own.style == "weighted", template)
-        reply = await client.ask(request)
-        if isinstance(reply, Failure):
-            return Annotated(row, f"judgement {reply.cause}", False, None)
-        row |= {"price_per_example": reply.cost, "time_per_example": reply.seconds}
-        second = pairwise.read_weight(reply.extra) if own.style == "weighted" else None
-        weighted = second is not None
-        if second is None:
-            second = pairwise.read_choice(reply.text, tie=own.style == "choice")
-        if second is None:
-            return Annotated(row, "judgement unreadable", False, None)
-        return Annotated({**row, "preference": 2 - second if swapped else 1 + second}, None, weighted, 1 - second)
-
-    annotated = await all_of(client, "AlpacaEval", [one(place, example) for place, example in enumerate(examples)])
+    settings.the_judge()  # before anything is asked of the model
+    works = [_annotated(client, settings, example, given, template) for example in examples]
+    annotated = await all_of(client, "AlpacaEval", works)
     rows = [entry.row for entry in annotated if entry.row is not None]
+    troubles = [entry.trouble for entry in annotated if entry.trouble is not None]
+    who = "judge" if rows else "model"
+    silent = [trouble for trouble in troubles if trouble.asked == who]
+    heard = any(entry.first is not None for entry in annotated) or any(trouble.asked is None for trouble in troubles)
+    if silent and not heard:
+        raise UserError(f"AlpacaEval: the {who} has not answered once. {silent[0].cause}: {silent[0].detail}")
     write(folder / "outputs.json", official_json([_output(row) for row in rows]))
     write(folder / "annotations.json", official_json(rows))
-    results = _results(rows, Counter(entry.trouble for entry in annotated if entry.trouble is not None))
     firsts = [entry.first for entry in annotated if entry.first is not None]
-    results["first_preferred"] = math.fsum(firsts) / len(firsts) if firsts else None
-    results["weighted"] = sum(entry.weighted for entry in annotated)
-    return results
+    return {
+        **_results(rows, Counter(trouble.cause for trouble in troubles)),
+        "first_failure": troubles[0].detail if troubles else None,
+        "first_preferred": math.fsum(firsts) / len(firsts) if firsts else None,
+        "weighted": sum(entry.weighted for entry in annotated),
+    }
+
+
+async def _annotated(
+    client: Client,
+    settings: Evaluation,
+    example: Example,
+    given: dict[str, str] | None,
+    template: list[sources.Message] | None,
+) -> Annotated:
+    """The model's answer beside the baseline's, and which is the better one."""
+    own, judge = settings.alpaca_eval, settings.the_judge()
+    if given is not None:
+        answer = given[example.instruction]
+    else:
+        model = settings.the_model()
+        messages = [{"role": "user", "content": example.instruction}]
+        reply = await client.ask(Request(model.backend.name, messages, model.sampling(_TEMPERATURE, _MAX_TOKENS)))
+        if isinstance(reply, Failure):
+            return Annotated(None, Trouble(f"answer {reply.cause}", reply.detail, "model"))
+        answer = reply.text.strip()  # as the official tool does
+    row: dict[str, Any] = {
+        "instruction": example.instruction,
+        "output_1": example.output,
+        "generator_1": example.generator,
+        **({} if example.dataset is None else {"dataset": example.dataset}),
+        "output_2": answer,
+        "generator_2": settings.name,
+        "annotator": judge.name,
+        "preference": None,
+        "price_per_example": None,
+        "time_per_example": None,
+    }
+    if answer == example.output:  # the official tool asks nobody either
+        return Annotated({**row, "preference": 1.5})
+    weighs = own.style == "weighted"
+    swapped = _swapped(example.instruction, own.seed)
+    shown = (answer, example.output) if swapped else (example.output, answer)
+    verdict = await client.ask(pairwise.request(judge, example.instruction, shown, weighs, template))
+    if isinstance(verdict, Failure):
+        return Annotated(row, Trouble(f"judgement {verdict.cause}", verdict.detail, "judge"))
+    row |= {"price_per_example": verdict.cost, "time_per_example": verdict.seconds}
+    weight = pairwise.read_weight(verdict.extra) if weighs else None
+    second = pairwise.read_choice(verdict.text, tie=not weighs) if weight is None else weight
+    if second is None:
+        return Annotated(row, Trouble("judgement unreadable", repr(verdict.text[-200:]), None))
+    preference = 2 - second if swapped else 1 + second
+    return Annotated({**row, "preference": preference}, None, weight is not None, 1 - second)
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -171,7 +192,8 @@ def summary(results: dict[str, Any]) -> str:
                 f"Characters an answer: {results['avg_length']}; the baseline's {results['avg_length_baseline']}."
             )
         if results["failed"]:
-            lines.append(f"{results['failed']} without a preference: {_shown(results['failures'])}.")
+            first = f" First: {results['first_failure']}" if results.get("first_failure") else ""
+            lines.append(f"{results['failed']} without a preference: {_shown(results['failures'])}.{first}")
     if results["length_controlled_winrate"] is not None:
         lines.append(f"Length-controlled, by alpaca_eval: {results['length_controlled_winrate']:.2f} %.")
     else:
