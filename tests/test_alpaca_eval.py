@@ -344,6 +344,7 @@ def test_length_controlled_is_the_official_functions_or_left_out(monkeypatch):
 
 def test_mistakes_are_named(tmp_path, baseline):
     other = written(tmp_path / "other.jsonl", [{"instruction": "Who?"}])
+    better = written(tmp_path / "better.jsonl", [{"preference": "the second"}])
     template = tmp_path / "t.txt"
     template.write_text("{instruction} {output_1}")
     base = f"alpaca_eval.baseline={baseline}"
@@ -357,6 +358,7 @@ def test_mistakes_are_named(tmp_path, baseline):
         ([base, f"alpaca_eval.prompt={template}"], r"has no place for \{output_2\}"),
         ([base, f"alpaca_eval.prompt={tmp_path / 'none.txt'}"], "cannot be read"),
         ([f"alpaca_eval.annotations={other}"], "holds no annotations"),
+        ([f"alpaca_eval.annotations={better}"], "better.jsonl holds a preference that is no number"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(tmp_path, judge_and_model, *keys)

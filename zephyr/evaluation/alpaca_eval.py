@@ -103,8 +103,12 @@ async def run(client: Client, settings: Evaluation, folder: Path) -> dict[str, A
         rows = [row for _, row in sources.read(sources.files(own.annotations, "alpaca_eval.annotations"))]
         if not all("preference" in row for row in rows):
             raise UserError(f"{own.annotations} holds no annotations: rows need a preference.")
+        try:
+            missing = Counter(_missing(row["preference"]) for row in rows if not counted([row["preference"]]))
+        except ValueError as error:
+            raise UserError(f"{own.annotations} holds a preference that is no number: {reason(error)}") from error
         write(folder / "annotations.json", official_json(rows))
-        return _results(rows, Counter(_missing(row["preference"]) for row in rows if not counted([row["preference"]])))
+        return _results(rows, missing)
     examples = _examples(own, settings.limit)
     template = pairwise.load_template(own.prompt) if own.prompt is not None else None
     given = _outputs(own.outputs, examples) if own.outputs is not None else None
