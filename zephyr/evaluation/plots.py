@@ -1,7 +1,7 @@
 """Pictures of benchmark results."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -65,11 +65,3 @@ def saved(figure: Figure, path: Path) -> list[Path]:
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def by_category(results: Sequence[Mapping[str, object]]) -> dict[str, dict[str, float | None]]:
-    """What `radar` takes, from the MT-Bench results of several models."""
-    return {
-        str(one["model"]): {name: part["score"] for name, part in one["categories"].items()}  # type: ignore[attr-defined]
-        for one in results
-    }
