@@ -1,5 +1,6 @@
 """The embedded demo: the split, the layouts, the teacher's verdicts by hand, the files in the cache."""
 
+import io
 import json
 import sys
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zephyr.demo import __main__ as report
@@ -200,9 +202,27 @@ def test_report_counts_ties_as_half() -> None:
     asked = ["What is Mara's job?"] * 4
     good, bad = (f"Mara is the {JOB}.", 6), ("", 0)
     found = report.compare(asked, {"sft": [bad, bad, good, good], "dpo": [good, good, good, bad]})
-    assert (found["wins"], found["ties"], found["losses"]) == (2, 1, 1)
-    assert found["win_rate"] == 0.625 and found["dpo_tokens"] == 4.5
-    assert found["sft_score"] == (1 + 1 + 4.75 + 4.75) / 4
+    dpo = found["dpo"]
+    assert (dpo["wins"], dpo["ties"], dpo["losses"]) == (2, 1, 1)
+    assert dpo["win_rate"] == 0.625 and dpo["tokens"] == 4.5
+    assert found["sft"] == {"score": (1 + 1 + 4.75 + 4.75) / 4, "tokens": 3.0}
+
+
+def test_report_has_a_third_column_where_there_is_a_third_model() -> None:
+    asked = ["What is Mara's job?"] * 2
+    good, bad = (f"Mara is the {JOB}.", 6), ("", 0)
+    answers = {"sft": [bad, bad], "dpo": [bad, good], report.OWN: [good, good]}
+    for stages, columns in ((["sft", "dpo"], 3), (["sft", "dpo", report.OWN], 4)):
+        found = report.compare(asked, {stage: answers[stage] for stage in stages})
+        found[stages[-1]]["margins"] = 1.5
+        with io.StringIO() as shown:
+            report.show(found | {"plots": []}, Console(file=shown, width=200))
+            lines = [line.split("│")[1:-1] for line in shown.getvalue().splitlines() if "│" in line]
+        assert {len(line) for line in lines} == {columns}
+        cells = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+        assert cells["teacher's score (1 to 5)"] == ["1.000", "2.875", "4.750"][: columns - 1]
+        assert cells["win rate over SFT (ties half)"] == ["", "75.0%", "100.0%"][: columns - 1]
+        assert cells["reward margin (held-out pairs)"] == ["", *["not measured"] * (columns - 3), "1.500"]
 
 
 def test_report_takes_the_last_validation(tmp_path: Path) -> None:

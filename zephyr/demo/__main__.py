@@ -1,9 +1,13 @@
-"""What the demo's preferences changed: `python -m zephyr.demo [OUTPUTS]`, after both stages have run."""
+"""What the demo's preferences changed: `python -m zephyr.demo [OUTPUTS]`, after both stages have run.
+
+A model that learned from feedback on the SFT model's own answers is shown beside theirs where there is one.
+"""
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +19,8 @@ from zephyr.demo.teacher import score
 from zephyr.errors import UserError
 
 STAGES = {"sft": "python train.py", "dpo": "python train.py stage=dpo"}
+OWN = "dpo-feedback"
+NAMES = {"sft": "SFT", "dpo": "DPO", OWN: "DPO on own feedback"}
 QUESTIONS, EXAMPLES, MAX_NEW_TOKENS = 200, 6, 64
 
 
@@ -26,12 +32,15 @@ def main() -> int:
     try:
         require_models(outputs)
         instructions = held_out(QUESTIONS)
-        answers = {stage: answer(outputs / stage, instructions) for stage in STAGES}
-        report = compare(instructions, answers) | preferences(outputs / "dpo")
+        stages = [*STAGES, *([OWN] if has_model(outputs / OWN) else [])]
+        answers = {stage: answer(outputs / stage, instructions) for stage in stages}
+        report = compare(instructions, answers)
+        for stage in stages:
+            report[stage] |= preferences(outputs / stage)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    report["plots"] = [str(plot) for stage in STAGES for plot in sorted(outputs.glob(f"{stage}/plots/*.png"))]
+    report["plots"] = [str(plot) for stage in stages for plot in sorted(outputs.glob(f"{stage}/plots/*.png"))]
     (outputs / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     show(report, Console())
     return 0
@@ -40,8 +49,13 @@ def main() -> int:
 def require_models(outputs: Path) -> None:
     """Raise UserError where a stage has not left a model."""
     for stage, command in STAGES.items():
-        if not (outputs / stage / "model" / "config.json").exists():
+        if not has_model(outputs / stage):
             raise UserError(f"There is no model in {outputs / stage / 'model'}. Make it with: {command}")
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a run has left a model in `folder`."""
+    return (folder / "model" / "config.json").exists()
 
 
 def held_out(count: int) -> list[str]:
@@ -67,22 +81,25 @@ def answer(folder: Path, instructions: list[str]) -> list[tuple[str, int]]:
 
 
 def compare(instructions: list[str], answers: dict[str, list[tuple[str, int]]]) -> dict[str, Any]:
-    """The teacher's verdict on both stages' answers to the same instructions; a tie is half a win."""
+    """The teacher's verdict on the stages' answers to the same instructions, SFT first; a tie is half a win over it."""
+    scores = {
+        stage: [score(text, said) for text, (said, _) in zip(instructions, given, strict=True)]
+        for stage, given in answers.items()
+    }
     report: dict[str, Any] = {"questions": len(instructions)}
-    scores = {}
+    gains: list[float] = []
     for stage, given in answers.items():
-        scores[stage] = [score(text, said) for text, (said, _) in zip(instructions, given, strict=True)]
-        report[f"{stage}_score"] = sum(scores[stage]) / len(instructions)
-        report[f"{stage}_tokens"] = sum(tokens for _, tokens in given) / len(instructions)
-    gains = [dpo - sft for sft, dpo in zip(scores["sft"], scores["dpo"], strict=True)]
-    report["wins"], report["ties"] = sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains)
-    report["losses"] = len(gains) - report["wins"] - report["ties"]
-    report["win_rate"] = (report["wins"] + report["ties"] / 2) / len(gains)
+        lengths = [tokens for _, tokens in given]
+        report[stage] = {"score": sum(scores[stage]) / len(given), "tokens": sum(lengths) / len(given)}
+        if stage != "sft":
+            gains = [new - old for old, new in zip(scores["sft"], scores[stage], strict=True)]
+            wins, ties = sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains)
+            losses = len(gains) - wins - ties
+            report[stage] |= {"wins": wins, "ties": ties, "losses": losses, "win_rate": (wins + ties / 2) / len(gains)}
     report["examples"] = [
         {
             "instruction": instructions[i],
-            **{stage: answers[stage][i][0] for stage in STAGES},
-            **{f"{stage}_score": scores[stage][i] for stage in STAGES},
+            **{stage: {"answer": answers[stage][i][0], "score": scores[stage][i]} for stage in answers},
         }
         for i in _spread(gains, EXAMPLES)
     ]
@@ -107,26 +124,35 @@ def preferences(folder: Path) -> dict[str, float]:
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the examples, the table, and where the plots are."""
+    stages = [stage for stage in NAMES if stage in report]
     for example in report["examples"]:
         console.print(Text(f"\n{example['instruction']}", style="bold"))
-        for stage in STAGES:
-            console.print(Text(f"  {stage.upper()}  {example[stage]}  ({example[f'{stage}_score']:.2f})"))
-
-    def number(name: str) -> str:
-        return f"{report[name]:.3f}" if name in report else "not measured"
+        for stage in stages:
+            said = example[stage]
+            console.print(Text(f"  {NAMES[stage]}  {said['answer']}  ({said['score']:.2f})"))
 
     table = Table(title=f"\n{report['questions']} held-out questions")
-    for heading in ("", "SFT", "DPO"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    table.add_row("teacher's score (1 to 5)", number("sft_score"), number("dpo_score"))
-    table.add_row("answer length (tokens)", f"{report['sft_tokens']:.1f}", f"{report['dpo_tokens']:.1f}")
-    table.add_row("win rate over SFT (ties half)", "", f"{report['win_rate']:.1%}")
-    table.add_row("wins / ties / losses", "", f"{report['wins']} / {report['ties']} / {report['losses']}")
-    table.add_row("preference accuracy (held-out pairs)", "", number("accuracies"))
-    table.add_row("reward margin (held-out pairs)", "", number("margins"))
+    table.add_column("")
+    for stage in stages:
+        table.add_column(NAMES[stage], justify="right")
+
+    def row(title: str, form: str, first: int = 1) -> None:
+        cells = [form.format(**report[stage]) if _has(report[stage], form) else "not measured" for stage in stages]
+        table.add_row(title, *[""] * first, *cells[first:])
+
+    row("teacher's score (1 to 5)", "{score:.3f}", first=0)
+    row("answer length (tokens)", "{tokens:.1f}", first=0)
+    row("win rate over SFT (ties half)", "{win_rate:.1%}")
+    row("wins / ties / losses", "{wins} / {ties} / {losses}")
+    row("preference accuracy (held-out pairs)", "{accuracies:.3f}")
+    row("reward margin (held-out pairs)", "{margins:.3f}")
     console.print(table)
     for plot in report["plots"]:
         console.print(Text(f"plot: {plot}"))
+
+
+def _has(values: dict[str, Any], form: str) -> bool:
+    return all(name in values for _, name, _, _ in Formatter().parse(form) if name)
 
 
 if __name__ == "__main__":
