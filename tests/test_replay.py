@@ -40,6 +40,7 @@ RAW = [
         ],
     },
     {"instruction": "Why?\n", "completions": [{"model": "ant", "response": "Because."}]},
+    {"instruction": "Why?", "completions": [{"model": "ant", "response": "The second does not count."}]},
 ]
 DRAWN = Drawn("ant", "helpfulness", "Be helpful.")
 
