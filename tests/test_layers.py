@@ -21,7 +21,7 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
         *("chat", "generate", "sampling"),
     },
     "evaluate": {"evaluation", "feedback", "command", "observe.weights_and_biases"},
-    "evaluation": {"evaluation", "feedback", "chat", "data", "models", "generate", "observe", "progress"},
+    "evaluation": {"evaluation", "feedback", "chat", "data", "demo", "models", "generate", "observe", "progress"},
     "study": {"study", "evaluation", "data", "demo", "observe", "sweep", "command"},
     "models": {"models", "data.batch"},
     "objectives": set(),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from zephyr import demo
 from zephyr.chat import find_model
 from zephyr.errors import UserError
 from zephyr.feedback.pool import Limits
@@ -136,9 +137,16 @@ def parse(config: dict[str, Any]) -> Evaluation:
     config["output"] = config["output"] or _beside(folder)
     config["answer"] = _answering({"name": name, **answer, "model": answer["model"] or model if served else None})
     config["judge"] = backend({"name": _judge_name(judge), **judge}, "judge") if _given(judge) else None
+    for benchmark in ("mt_bench", "alpaca_eval", "preferences"):
+        config[benchmark] = {key: _located(value) for key, value in config[benchmark].items()}
     limits = build(Limits, config["limits"], "limits")
     kinds = {"answer": Any, "judge": Any, "limits": Any}
     return build(Evaluation, {**config, "limits": limits}, "", kinds)
+
+
+def _located(value: Any) -> Any:
+    """A file of the demo by its real path; anything else as it is."""
+    return demo.locate(value) if isinstance(value, str) else value
 
 
 def _answering(values: dict[str, Any]) -> Answering | None:
