@@ -110,6 +110,9 @@ class _Batch:
         self._cache: Any = None
         self._tokens = torch.zeros(0, 1, dtype=torch.long, device=self._device)  # chosen, and not yet read
         self._columns = 0
+        self._positions, self._seeing = self._tokens, self._tokens.bool()
+        self._pads: Tensor | None = None  # columns in front of each row's own; None: there are none
+        self._choice = Choice([], self._device)
 
     @torch.no_grad()
     def admit(self, new: list[_Row]) -> list[list[int]]:
@@ -177,7 +180,7 @@ class _Batch:
     def _fresh(self) -> Any:
         cache = DynamicCache(config=self._core.config)
         if self.movable:
-            cache.layers = [_Columns() for _ in cache.layers]
+            cache.layers = [_Columns() for _ in cache.layers]  # type: ignore[no-untyped-call]
         return cache
 
     def _lay_out(self, new: list[_Row], tokens: Tensor, cache: Any) -> None:
@@ -203,30 +206,34 @@ class _Batch:
 class _Columns(DynamicLayer):
     """Keys and values of one layer: rows x heads x columns x size, with room for more columns."""
 
+    _room: tuple[Tensor, Tensor]
+    _width = 0
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add columns; all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._hold(key_states, value_states, key_states.shape[2])
-            return key_states, value_states
-        before, width = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if width > self._room[0].shape[2]:
-            self._hold(*(_right(kept, None, before) for kept in (self.keys, self.values)), before)
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, before:width] = states
-        self._hold(*self._room, width)
-        return self.keys, self.values
+            return self._hold(key_states, value_states, key_states.shape[2])
+        before, width = self._width, self._width + key_states.shape[2]
+        keys, values = self._room
+        if width > keys.shape[2]:
+            keys, values = (_right(kept[:, :, :before], None, before) for kept in self._room)
+        keys[:, :, before:width], values[:, :, before:width] = key_states, value_states
+        return self._hold(keys, values, width)
 
     def keep(self, rows: Tensor, width: int, new: Any) -> None:
         """Only these rows, with those of another layer behind them, all flush right in so many columns."""
         if self.is_initialized:  # some layers read another's
+            first = max(0, self._width - width)
+            keys, values = (kept[:, :, first : self._width][rows.to(kept.device)] for kept in self._room)
             others = (None, None) if new is None else (new.keys, new.values)
-            kept = (self.keys[:, :, -width:][rows.to(self.device)], self.values[:, :, -width:][rows.to(self.device)])
-            self._hold(*(_right(a, b, width) for a, b in zip(kept, others, strict=True)), width)
+            self._hold(_right(keys, others[0], width), _right(values, others[1], width), width)
 
-    def _hold(self, keys: Tensor, values: Tensor, width: int) -> None:
-        self._room = keys, values
-        self.keys, self.values = keys[:, :, :width], values[:, :, :width]
+    def _hold(self, keys: Tensor, values: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        self._room, self._width = (keys, values), width
+        kept = keys[:, :, :width], values[:, :, :width]
+        self.keys, self.values = kept
+        return kept
 
 
 def _right(first: Tensor, second: Tensor | None, width: int) -> Tensor:
