@@ -204,6 +204,7 @@ def test_mistakes_are_named(models, data, tmp_path):
         ({"max_prompt_length": 256}, "must be below"),
         ({"data": str(empty)}, r"no pair that can be scored \(1 unusable row\)"),
         ({"reference": str(tmp_path)}, "holds no model"),
+        ({"reference": "./nowhere"}, "There is no folder nowhere"),
     ):
         with pytest.raises(UserError, match=message):
             evaluated(models[1], **{"data": data, **changes}, output=tmp_path / "out")

@@ -7,6 +7,7 @@ stated probability comes true (Guo et al., 2017).
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from zephyr.models.logps import sequence_sums, token_scores
 from zephyr.models.policy import Placement, load_policy
 from zephyr.models.reference import measured
 from zephyr.observe.plots import BLUE
+from zephyr.progress import Lines
 from zephyr.settings import Lora, Model
 
 _BINS = 10  # of the probability that the model gives its own verdict, 0.5 to 1
@@ -216,8 +218,8 @@ def _path(settings: Evaluation) -> str:
 def _against(own: Preferences, adapter: Lineage | None) -> tuple[str, str | None]:
     """What is compared, and the reference's folder or hub id if it is another model."""
     reference = own.reference
-    if reference is not None and Path(reference).is_dir():
-        reference = str(find_model(Path(reference)))
+    if reference is not None and (Path(reference).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", reference)):
+        reference = str(find_model(Path(reference).expanduser()))
     if own.score in ("sum", "mean"):
         if reference is not None:
             raise UserError(f"preferences.score={own.score} takes no reference. Leave it out, or take score=reward.")
@@ -245,23 +247,33 @@ def _logps(
     placement = Placement(device, precision)
     autocast = placement.compute if placement.autocast else None
 
-    def under(model: Any) -> Numbers:
-        found = measured(model, batches.with_members(), len(pairs), _sequence_logps, autocast)
+    def under(model: Any, name: str) -> Numbers:
+        found = measured(model, _followed(batches, len(pairs), name), len(pairs), _sequence_logps, autocast)
         if not np.isfinite(found).all():
-            raise UserError(f"{path}: {int((~np.isfinite(found)).sum())} log-probabilities are not finite.")
+            raise UserError(f"{name}: {int((~np.isfinite(found)).sum())} log-probabilities are not finite.")
         return found
 
     logging.disable_progress_bar()
     model: Any = load_policy(path, None, _held(own, adapter), placement, frozen=True)
-    logps, others = under(model), None
+    logps, others = under(model, path), None
     if reference is None and adapter is not None and own.score in ("auto", "reward"):
         with model.disable_adapter():
-            others = under(model)
+            others = under(model, f"{path} with its adapter off")
     del model
     if reference is not None:
         start = lineage(reference, None)
-        others = under(load_policy(reference, None, _held(own, start), placement, frozen=True))
+        others = under(load_policy(reference, None, _held(own, start), placement, frozen=True), reference)
     return logps, others
+
+
+def _followed(batches: MicroBatches, pairs: int, model: str) -> Iterator[tuple[list[int], Batch]]:
+    """The batches, with a line now and then that says how far they are."""
+    lines, done = Lines(), 0
+    for members, batch in batches.with_members():
+        yield members, batch
+        done += len(members)
+        if lines.due():
+            lines.say(f"Preferences, {model}: {done:,}/{pairs:,} pairs")
 
 
 def _held(own: Preferences, adapter: Lineage | None) -> Model:
