@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import signal
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +77,8 @@ def run(settings: Evaluation, folder: Path) -> dict[str, Any]:
                 model = _in_four_bits(where, wanted.quantization, wanted.batch_size)
         except Exception as error:  # whatever kind: the files are the user's, and the reason is in the message
             raise UserError(f"lm-eval cannot load {settings.folder}: {reason(error)}") from error
+    if left:  # lm-eval ends the processes that draw its resamples by SIGTERM, which is not for us to answer there
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     for name in left:
         found: Any = simple_evaluate(
             model=model,
