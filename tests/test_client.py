@@ -220,6 +220,8 @@ def test_a_refused_request_is_a_failure_at_once_and_others_go_on(tmp_path, statu
         ),
         (Answer(400, body=b'{"error": "no response_format here"}'), "takes no JSON schema: set structured=false"),
         (Answer(404, body=b'{"detail": "Not Found"}'), r"'m': Not Found. Check base_url .* The server lists: a, b\.$"),
+        (Answer(405, body=b"<html>No</html>"), r"'m': <html>No</html>. Check base_url"),
+        (Answer(body=b"\n<!doctype html><title>Hello</title>"), "answers with a page: .*Hello.* Check base_url"),
         (
             Answer(400, body=b"{\"detail\": \"Pinned to 'x'; requested 'm'.\"}"),
             r"requested 'm'. Check base_url .* lists: a",
@@ -234,6 +236,13 @@ def test_what_no_request_gets_past_stops_the_run(tmp_path, answer, message):
         with pytest.raises(UserError, match=message):
             raise outcomes[0]
         assert [seen.path for seen in server.seen].count("/v1/chat/completions") == 1
+
+
+def test_a_429_that_waiting_does_not_mend_is_a_refusal(tmp_path):
+    said = b'{"error": {"message": "Request too large for m on tokens per min (TPM): Limit 10, Requested 12."}}'
+    with Server(lambda seen: Answer(429, body=said) if "question 1" in json.dumps(seen.body) else GOOD) as server:
+        outcomes, _ = ask(tmp_path, pool(server), [1, 2])
+    assert (outcomes[0].cause, outcomes[0].attempts, outcomes[1].text) == ("refused", 1, good(2))
 
 
 def test_a_server_that_never_answered_is_the_users_to_mend(tmp_path):
@@ -252,6 +261,17 @@ def test_a_server_that_has_gone_silent_stops_the_run_after_a_while(tmp_path):
         assert outcomes[0].text == good(0)
         assert isinstance(outcomes[1], UserError) and "answered in 0 s. " + server.url in str(outcomes[1])
         assert outcomes[2] is outcomes[1]
+
+
+@pytest.mark.parametrize("fault", ["500", "silent"])
+def test_a_run_ends_although_only_what_is_never_answered_is_left(tmp_path, fault):
+    """Whose failures say no more of the servers than in the runs before."""
+    limits = Limits(backoff=0.01, total_seconds=0.2, attempts=3, patience=0.1 if fault == "silent" else 60.0)
+    with Server(lambda seen: GOOD if "question 0" in json.dumps(seen.body) else FAULTS[fault]) as server:
+        outcomes = [ask(tmp_path, pool(server), [0, 1], limits)[0] for _ in range(4)]
+    assert [outcome[0].text for outcome in outcomes] == [good(0)] * 4
+    last = outcomes[-1][1]
+    assert isinstance(last, Failure) and last.attempts == server.requests[request(1).key]
 
 
 @pytest.mark.parametrize(("value", "least"), [(lambda: "0.5", 0.5), (lambda: http_date(2), 0.9)])
@@ -413,7 +433,7 @@ def test_a_server_that_counts_no_tokens_is_charged_the_worst_case(tmp_path):
     with Server(lambda seen: Answer(patch={"usage": None})) as server:
         (reply,), client = ask(tmp_path, pool(server, price=Price(1, 1)), [1])
     assert (reply.cost, reply.prompt_tokens) == (None, None)
-    assert reply.waste == pytest.approx(4122e-6) == client.purse.cost
+    assert reply.waste == pytest.approx(4122e-6) == client.purse.cost == client.tally.waste
 
 
 def test_a_run_stopped_between_attempts_records_what_it_sent(tmp_path):
@@ -423,6 +443,25 @@ def test_a_run_stopped_between_attempts_records_what_it_sent(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         (entry,) = ledger.entries()
     assert (entry[2].cause, entry[2].attempts) == ("server_error", 2)
+
+
+def test_what_is_sent_when_a_run_is_left_counts_in_the_next(tmp_path):
+    """It may be charged for, although nobody waited for it."""
+
+    async def run():
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            async with Client(pool(server, price=Price(1, 1)), ledger, Limits(drain_seconds=0.05)) as client:
+                task = asyncio.create_task(client.ask(request(1)))
+                await asyncio.sleep(0.1)
+                raise KeyError(task)  # whatever it is
+
+    with Server(lambda seen: Answer(delay=60)) as server, pytest.raises(KeyError):
+        asyncio.run(run())
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ((_, _, outcome),) = ledger.entries()
+        assert (outcome.cause, outcome.attempts, outcome.waste) == ("interrupted", 1, pytest.approx(4122e-6))
+        purse = Client(pool(server, price=Price(1, 1)), ledger, budget=Budget(max_cost=1)).purse
+    assert (purse.requests, purse.cost) == (1, pytest.approx(4122e-6))
 
 
 def mixed(seed, share=0.3):
@@ -596,10 +635,26 @@ def test_the_key_is_nowhere_but_in_the_header(tmp_path, monkeypatch, caplog, cap
 
 def test_a_key_in_an_answer_is_not_passed_on(tmp_path, monkeypatch):
     monkeypatch.setenv("POOL_KEY", SECRET)
-    said = Answer(patch={"choices": [{"index": 0, "message": {"content": f"your key is {SECRET}"}}]})
-    with Server(lambda seen: said) as server:
+    choice = {"index": 0, "message": {"content": f"your key is {SECRET}"}, "finish_reason": SECRET}
+    with Server(lambda seen: Answer(patch={"choices": [choice], "model": f"m {SECRET}"})) as server:
         (reply,), _ = ask(tmp_path, pool(server, api_key_env="POOL_KEY"), [1])
-    assert reply.text == "your key is <removed>"
+    assert (reply.text, reply.model, reply.finish_reason) == ("your key is <removed>", "m <removed>", "<removed>")
+
+
+def test_a_key_that_is_a_word_is_no_secret(tmp_path, monkeypatch):
+    """Servers of one's own take any key; EMPTY is what vLLM's documentation gives."""
+    monkeypatch.setenv("POOL_KEY", "EMPTY")
+    choice = {"index": 0, "message": {"content": "the EMPTY set"}, "finish_reason": "stop"}
+    with Server(lambda seen: Answer(patch={"choices": [choice]})) as server:
+        (reply,), _ = ask(tmp_path, pool(server, api_key_env="POOL_KEY"), [1])
+    assert reply.text == "the EMPTY set"
+
+
+def test_half_characters_are_replaced(tmp_path):
+    choice = {"index": 0, "message": {"content": "a\ud800b \ud83d\ude00"}, "finish_reason": "stop"}
+    with Server(lambda seen: Answer(patch={"choices": [choice], "model": "m\udfff"})) as server:
+        (reply,), _ = ask(tmp_path, pool(server), [1])
+    assert (reply.text, reply.model) == ("a\ufffdb \U0001f600", "m\ufffd")
 
 
 def test_nothing_is_bought_that_cannot_be_kept(tmp_path):
@@ -683,7 +738,6 @@ def test_prices_by_hand():
 @pytest.mark.parametrize(
     ("message", "text"),
     [
-        ({"content": "a\ud800b \ud83d\ude00"}, "a\ufffdb \U0001f600"),
         ({"content": None}, ""),
         ({"content": None, "refusal": "I will not"}, "I will not"),
         ({"content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]}, "ab"),
@@ -700,6 +754,7 @@ def test_texts_of_messages(message, text):
         ({"retry-after": "1.5"}, 1.5),
         ({"retry-after": "-3"}, 0),
         ({"retry-after": "soon"}, None),
+        ({"retry-after": "Mon, 01 Jan 2020 00:00:00 +99999999999999999999"}, None),
         ({"retry-after": "nan"}, None),
         ({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT", "date": "Sun, 06 Nov 1994 08:49:07 GMT"}, 30),
         ({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}, 0),
@@ -712,4 +767,6 @@ def test_retry_after_by_hand(headers, seconds):
 def test_the_scripted_completion_is_what_servers_send():
     from openai.types.chat import ChatCompletion
 
-    ChatCompletion.model_validate(completion({"model": "m", "messages": [{"role": "user", "content": "Hi"}]}), strict=True)
+    ChatCompletion.model_validate(
+        completion({"model": "m", "messages": [{"role": "user", "content": "Hi"}]}), strict=True
+    )

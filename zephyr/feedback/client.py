@@ -46,6 +46,7 @@ class _Ask:
     body: bytes
     tokens: float  # set aside at a server with tokens a minute
     most: float  # USD
+    earlier: int = 0  # attempts, in runs before this one
     attempts: int = 0
     faults: int = 0  # attempts that count against it
     waste: float = 0.0
@@ -135,7 +136,7 @@ class Client:
             task.exception()  # seen, also where nobody waits for it any more
 
     async def _answer(self, ask: _Ask) -> Reply | Failure:
-        attempts, waste = self._ledger.earlier(ask.key)
+        attempts, waste = ask.earlier, _ = self._ledger.earlier(ask.key)
         completion: dict[str, Any]
         seconds: float
         try:
@@ -145,14 +146,14 @@ class Client:
                 completion, seconds = await self._retrying(self._again, ask, [error])
         except Refused as error:
             outcome: Reply | Failure = Failure(error.cause, str(error), attempts + ask.attempts, waste + ask.waste)
-        except (Again, BudgetSpent, UserError, _Closed) as error:
+        except (Again, BudgetSpent, UserError, _Closed, asyncio.CancelledError) as error:
             if ask.last is None:
                 raise
             outcome = Failure(ask.last.cause, ask.last.detail, attempts + ask.attempts, waste + ask.waste)
-            if not isinstance(error, Again):
+            hopeless = isinstance(error, Again) and self._hopeless(ask)
+            if hopeless or not isinstance(error, Again):
                 self._record(ask, outcome)  # what was sent counts in the next run too
-                raise
-            self._despair(ask)
+                raise hopeless or error from None
         else:
             outcome = self._reply(ask, completion, seconds, attempts + ask.attempts, waste + ask.waste)
         self._record(ask, outcome)
@@ -204,6 +205,10 @@ class Client:
         except Refused:
             lane.answered()
             raise
+        except asyncio.CancelledError:
+            ask.last = Again("interrupted", "The run was left before an answer came.", billed=True)
+            self._charge(ask)
+            raise
         except UserError as error:
             self._stop(error)
             raise
@@ -220,21 +225,33 @@ class Client:
         self.tally.retries[error.cause] += 1
         ask.faults += error.cause != "rate_limited"  # which says nothing about the request
         if error.billed:
-            ask.waste += ask.most
-            self.tally.waste += ask.most
-            self.purse.cost += ask.most
+            self._charge(ask)
         lane.failed(error, sent, now)
         lanes = self._dispatcher.lanes[ask.model.name]
         silent = [now - lane.silent_since for lane in lanes if lane.silent_since is not None]
-        if len(silent) == len(lanes) and min(silent) > self.limits.patience:
+        if len(silent) == len(lanes) and min(silent) > self.limits.patience and not self._known(ask, error):
             self._stop(_no_answer(ask.model, lanes, f"in {min(silent):.0f} s"))
 
-    def _despair(self, ask: _Ask) -> None:
-        """A request has run out of attempts. Raises UserError where that says more of the servers than of it."""
+    def _charge(self, ask: _Ask) -> None:
+        """An attempt without an answer may have cost the most it can."""
+        ask.waste += ask.most
+        self.tally.waste += ask.most
+        self.purse.cost += ask.most
+
+    def _hopeless(self, ask: _Ask) -> UserError | None:
+        """Why nothing more is asked, where a request that ran out of attempts says more of the servers than of it."""
         lanes = self._dispatcher.lanes[ask.model.name]
-        if all(lane.silent_since is not None for lane in lanes) and ask.model.name not in self._answered:
-            self._stop(error := _no_answer(ask.model, lanes, f"in {ask.attempts} attempts"))
-            raise error
+        answered = ask.model.name in self._answered or any(lane.silent_since is None for lane in lanes)
+        if answered or self._known(ask, ask.last):
+            return None
+        self._stop(error := _no_answer(ask.model, lanes, f"in {ask.attempts} attempts"))
+        return error
+
+    def _known(self, ask: _Ask, error: Again | None) -> bool:
+        """Whether the request ran out of attempts in earlier runs already: then it is what is wrong, not the servers.
+        Else a run of which nothing but such a request is left could never end."""
+        rate_limited = error is not None and error.cause == "rate_limited"
+        return ask.earlier >= self.limits.attempts and not rate_limited
 
     def _reply(self, ask: _Ask, completion: dict[str, Any], seconds: float, attempts: int, waste: float) -> Reply:
         prompt, answer, cached = _usage(completion)
@@ -243,14 +260,15 @@ class Client:
             cost = ask.model.price.cost(prompt, answer, cached or 0)
         elif ask.most:
             waste += ask.most  # nobody says what it cost
+            self.tally.waste += ask.most
         self.tally.prompt_tokens += prompt or 0
         self.tally.completion_tokens += answer or 0
         self.tally.cached_tokens += cached or 0
         self.tally.cost += cost or 0.0
         choice = completion["choices"][0]
-        reason = "refusal" if choice["message"].get("refusal") else str(choice.get("finish_reason"))
-        model = str(completion.get("model") or "")
-        text = choice["message"]["content"]
+        reason = "refusal" if choice["message"].get("refusal") else choice.get("finish_reason")
+        said = choice["message"]["content"], completion.get("model") or "", reason
+        text, model, reason = (_whole(str(part)) for part in said)
         extra = json.dumps(choice["logprobs"]) if choice.get("logprobs") else None
         return Reply(text, model, reason, prompt, answer, cached, cost, seconds, attempts, waste, extra)
 
@@ -301,6 +319,15 @@ def _usage(completion: dict[str, Any]) -> tuple[int | None, int | None, int | No
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens"), cached]
     prompt, answer, cached = (n if isinstance(n, int) and 0 <= n < 2**53 else None for n in counts)
     return prompt, answer, cached
+
+
+def _whole(text: str) -> str:
+    """With U+FFFD in place of half characters, which neither the ledger nor a request can carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _no_answer(model: Model, lanes: Sequence[Lane], how_long: str) -> UserError:

@@ -146,10 +146,6 @@ def _fault(reply: Reply | Failure) -> tuple[str, str] | None:
         return reply.cause, reply.detail
     if not reply.text.strip():
         return "empty_response", f"finish_reason {reply.finish_reason}"
-    try:
-        reply.text.encode()
-    except UnicodeEncodeError as error:
-        return "half_character", f"a lone surrogate at {error.start}"
     return None
 
 

@@ -74,7 +74,7 @@ class Failure:
 
     Causes: timed_out, connection, rate_limited, server_error (408, 409, 425, 5xx), bad_reply (cut off or not what
     an OpenAI-compatible server says), too_large, wrong_model, refused (another 4xx; a prompt that a model in this
-    process cannot take), not_recorded (in a file of completions).
+    process cannot take), not_recorded (in a file of completions), interrupted (the run was left meanwhile).
     """
 
     cause: str

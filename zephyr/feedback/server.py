@@ -27,6 +27,7 @@ from zephyr.errors import UserError, reason
 from zephyr.feedback.pool import Endpoint, Limits, Model
 
 _DETAIL = 300  # characters of a server's words that are passed on
+_SECRET_LENGTH = 12  # shorter ones (EMPTY, ollama) are words that stand in answers, and no secrets
 _SECRET = re.compile(r"\b(?:Bearer\s+\S+|sk-[\w*.-]+)", re.IGNORECASE)
 _AGAIN = {408: "server_error", 409: "server_error", 425: "server_error", 429: "rate_limited"}
 
@@ -59,7 +60,7 @@ class Server:
         self._secrets = secrets
         self._answered: set[str] = set()  # models that it has served
         key = endpoint.key()
-        if key:
+        if key and len(key) >= _SECRET_LENGTH:
             secrets.add(key)
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # it writes a line a request
         self._transport = _Transport(self.url, key, limits)
@@ -87,21 +88,31 @@ class Server:
         try:
             completion = json.loads(content)
         except (ValueError, RecursionError):
+            if content.lstrip().startswith(b"<") and model.name not in self._answered:
+                raise UserError(
+                    f"{self.url} answers with a page: {self._cut(content)} Check base_url (it usually ends in /v1)."
+                ) from None
             raise Again(
                 "bad_reply", f"{self.url}: a body that is not JSON: {self._cut(content)}", billed=True
             ) from None
         try:
-            message = completion["choices"][0]["message"]
-            text = _text(message)
+            choice = completion["choices"][0]
+            text = _text(choice["message"])
         except (KeyError, IndexError, TypeError, AttributeError):
             raise Again("bad_reply", f"{self.url}: no completion in {self._cut(content)}", billed=True) from None
         if model.answers_as is not None and completion.get("model") != model.answers_as:
             named = self._cut(str(completion.get("model")))
             raise Again("wrong_model", f"{self.url}: {named!r} replied for {model.answers_as!r}", billed=True)
-        for secret in self._secrets:  # a server that writes it into its answers would have it published
-            text = text.replace(secret, "<removed>")
-        message["content"] = text
+        # a server that writes a key into its answers would have it published
+        choice["message"]["content"] = self._without_secrets(text)
+        for part, name in ((completion, "model"), (choice, "finish_reason")):
+            part[name] = self._without_secrets(str(part.get(name) or ""))
         return completion
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "<removed>")
+        return text
 
     async def _refuse(self, model: Model, response: httpx2.Response) -> None:
         status, said = response.status_code, self._said(response.content)
@@ -110,6 +121,8 @@ class Server:
         if status in _AGAIN or status >= 500:
             if status == 429 and "insufficient_quota" in said:
                 raise UserError(f"{where} Its account has no credit left: add some, then run again to go on.")
+            if status == 429 and "request too large" in said.lower():  # for the account's tokens a minute, at any time
+                raise Refused(where)
             raise Again(_AGAIN.get(status, "server_error"), where, _retry_after(response.headers))
         if 300 <= status < 400:
             host = urlsplit(response.headers.get("location", "")).hostname or "another address"
@@ -124,7 +137,7 @@ class Server:
         if status == 401 or (status == 403 and not served):
             mend = f"Check the key in {name}." if name else "Set api_key_env to the variable that holds its key."
             raise UserError(f"{where} {mend}")
-        if not served and (status == 404 or (status == 400 and f"'{asked}'" in said)):
+        if not served and (status in (404, 405) or (status == 400 and f"'{asked}'" in said)):
             raise UserError(
                 f"{where} Check base_url (it usually ends in /v1), and model, which is what its servers call it."
                 f"{await self._models()}"
@@ -156,9 +169,7 @@ class Server:
         return cut if cut.endswith((".", "!", "?")) else f"{cut}."
 
     def _cut(self, said: str | bytes) -> str:
-        text = said.decode("utf-8", "replace") if isinstance(said, bytes) else said
-        for secret in self._secrets:
-            text = text.replace(secret, "<removed>")
+        text = self._without_secrets(said.decode("utf-8", "replace") if isinstance(said, bytes) else said)
         text = text[: 8 * _DETAIL]  # only now, or half a secret could stand at the end
         text = " ".join("".join(char if char.isprintable() else " " for char in _SECRET.sub("<removed>", text)).split())
         return text if len(text) <= _DETAIL else text[:_DETAIL] + "..."
@@ -282,7 +293,7 @@ _KEPT = (b"retry-after", b"date", b"location")
 
 
 def _text(message: dict[str, Any]) -> str:
-    """The text of a message; "" where all of a completion went into what is not shown. Half characters are replaced."""
+    """The text of a message; "" where all of a completion went into what is not shown."""
     content = message.get("content")
     if content is None:
         content = message.get("refusal") or ""
@@ -290,10 +301,6 @@ def _text(message: dict[str, Any]) -> str:
         content = "".join(part["text"] for part in content if part.get("type") == "text")
     if not isinstance(content, str):
         raise TypeError
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        content = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return content
 
 
@@ -308,10 +315,10 @@ def _retry_after(headers: httpx2.Headers) -> float | None:
         pass
     try:
         then = email.utils.parsedate_to_datetime(value).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     try:
         now = email.utils.parsedate_to_datetime(headers.get("date") or "").timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         now = time.time()
     return max(0.0, then - now)
