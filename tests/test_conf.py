@@ -78,7 +78,7 @@ def test_every_option_of_every_group_composes():
         used.add(f"prepare/{command}")
     models = "models=[{name: a, base_url: 'http://a/v1'}]"
     feedback.parse(conf.compose("feedback", ["prompts=a", "output=b", models, "judge.model=j", "judge.path=c"]))
-    used |= {"feedback", "backend/server"}
+    used |= {"feedback", "backend/server", "limits/client"}
     assert files == used
 
 
