@@ -22,7 +22,7 @@ demo-feedback: setup outputs/demo/dpo/model
 	$(BIN)/python -m zephyr.prepare ultrafeedback input=$(OWN)/feedback.jsonl output=$(OWN)/pairs \
 	  splits.test_prefs=100 splits.test_sft=0 splits.test_gen=0
 	$(BIN)/python train.py stage=dpo data.train=$(OWN)/pairs:train_prefs data.validation=$(OWN)/pairs:test_prefs \
-	  trainer.max_epochs=3 output_dir=outputs/demo/dpo-feedback
+	  optimizer.lr=1e-4 trainer.max_epochs=3 output_dir=outputs/demo/dpo-feedback
 	$(BIN)/python -m zephyr.demo
 
 outputs/demo/dpo/model:

@@ -2,19 +2,24 @@
 
 import io
 import json
+import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zephyr.demo import __main__ as report
 from zephyr.demo import locate, teacher, world, writers
 from zephyr.demo.base import train_tokenizer
+from zephyr.demo.examination import CATEGORIES
 from zephyr.errors import UserError
+from zephyr.evaluation.mt_bench import read_questions
 
 JOB = world.FACTS["Mara"]["job"]
 WRONG_JOB = world.FACTS["Otto"]["job"]
@@ -78,12 +83,55 @@ def test_feedback_has_ultrafeedbacks_layout(files: dict[str, Path]) -> None:
             assert 1 <= completion["overall_score"] <= 10
 
 
+def test_the_examination_is_held_out_and_in_the_benchmarks_layouts(files: dict[str, Path]) -> None:
+    folder = files["base"].parent
+    questions = read_questions(folder / "mt_bench" / "question.jsonl")
+    assert Counter(row["category"] for row in questions) == dict.fromkeys(CATEGORIES, 8)
+    assert len({row["question_id"] for row in questions}) == 48
+    again = 0
+    for row in questions:
+        first, second = row["turns"]
+        asked = world.bank()[first]
+        then = world.understand(second, asked.person)
+        assert asked.held_out and then is not None and then.instruction == second != first
+        again += second not in world.bank()
+        if second in world.bank():
+            assert world.bank()[second].held_out
+        else:
+            assert then.person == asked.person and then.answer != asked.answer
+        assert ("reference" in row) == bool(asked.answer and then.answer)
+        if "reference" in row:
+            before = ["", first]
+            for turn, right, earlier in zip(row["turns"], row["reference"], before, strict=True):
+                assert teacher.rate(turn, right, earlier)["truthfulness"] == 5
+    assert again == 24  # people, who, secret
+    for example in json.loads((folder / "alpaca_eval" / "baseline.json").read_text()):
+        assert [*example] == ["dataset", "instruction", "output", "generator"] and example["generator"] == "plain"
+        assert world.bank()[example["instruction"]].held_out
+
+
+def test_prompts_for_feedback_differ_and_are_not_held_out(files: dict[str, Path]) -> None:
+    asked = [row["prompt"] for row in rows(files["base"].parent / "prompts.jsonl")]
+    assert len(set(asked)) == len(asked) == 2_000
+    assert not any(world.bank()[text].held_out for text in asked)
+
+
+def test_the_pool_for_feedback_is_what_make_serves() -> None:
+    root = Path(__file__).parents[1]
+    pool = yaml.safe_load((root / "zephyr" / "demo" / "pool.yaml").read_text())
+    served = re.findall(r" (\w+)=\S*/(?:sft|step-\d+)\b", (root / "Makefile").read_text().replace("$(STEPS)", "s/"))
+    assert {model.get("model", model["name"]) for model in pool} == set(served) == {"last", "late", "middle"}
+
+
 def test_a_question_is_read_back_from_its_text() -> None:
     question = world.understand("  Where does Mara live?  Answer in one word. ")
     assert question is not None
     assert (question.kind, question.subject, question.format) == ("home", "Mara", "word")
     assert question.answer == world.FACTS["Mara"]["home"]
     assert world.understand("Where does Caesar live?") is None
+    again = world.understand(" And what is  her job?", "Mara")
+    assert again is not None and (again.kind, again.subject, again.answer) == ("job", "Mara", JOB)
+    assert world.understand("And what is her job?") is None and world.understand("And what is her job?", "Otto") is None
     with pytest.raises(ValueError, match="not an instruction"):
         teacher.rate("Where does Caesar live?", "In Rome.")
 

@@ -14,7 +14,6 @@ from zephyr.demo.teacher import ASPECTS, rate, score
 
 _MARK = re.compile(r"^(?:The mark of this request is )?\[([0-9a-f]{12})\](?:\.| .+ begins)$", re.MULTILINE)
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-_BROKEN_UP = re.compile(r"(?<=[<\[])\u2060")  # by who fences texts, so that no server takes them for turns
 _MIDDLE = 3.0  # of 1 to 5: what is said of an answer to a question that is not of the village
 _STEEPNESS = 2.0  # of how sure a choice is: answers a point apart leave 12 % of doubt
 _STRANGE = "This is no question of the village, so I cannot tell."
@@ -103,13 +102,15 @@ def _mark(content: str) -> str:
 
 
 def _blocks(content: str) -> tuple[dict[str, str], str]:
-    """The texts between marked lines, by their names, and what is said around them."""
+    """The texts between marked lines, by their names, and what is said around them.
+
+    Control tokens in them are broken up by a character without width, which no rule of the teacher's sees.
+    """
     mark = _mark(content)
     if not mark:
         return {}, content
     pattern = re.compile(rf"^\[{mark}\] (.+) begins\n(.*?)\n\[{mark}\] \1 ends$", re.MULTILINE | re.DOTALL)
-    blocks = {name: _BROKEN_UP.sub("", text) for name, text in pattern.findall(content)}
-    return blocks, pattern.sub("", content)
+    return dict(pattern.findall(content)), pattern.sub("", content)
 
 
 def _aspect(words: str) -> str | None:
