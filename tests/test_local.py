@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -265,7 +266,7 @@ def test_a_client_that_is_left_stops_the_batch(tmp_path, folder, monkeypatch):
         asyncio.run(run())
     assert time.monotonic() - started < 30
     with Ledger(tmp_path / "l.sqlite") as book:
-        assert list(book.entries()) == []  # what was cut off is nobody's answer
+        assert [outcome.cause for *_, outcome in book.entries()] == ["interrupted"]  # what was cut off is no answer
 
 
 def test_models_are_loaded_and_answer_one_after_another(tmp_path, folder, monkeypatch):
@@ -326,3 +327,29 @@ def test_a_short_answer_does_not_wait_for_a_long_one_and_makes_room(tmp_path, fo
 
     assert asyncio.run(run()).completion_tokens > 20
     assert [len(batch) for batch in begun] == [2, 1]  # the third joined the first
+
+
+def test_nobody_waits_for_a_model_that_is_being_loaded(tmp_path, folder, monkeypatch):
+    loading, released = threading.Event(), threading.Event()
+
+    def slow(*_):
+        loading.set()
+        released.wait(20)
+        raise UserError("too late")
+
+    monkeypatch.setattr(local, "load", slow)
+
+    async def run():
+        with Ledger(tmp_path / "l.sqlite") as book:
+            async with Client([Model("m", (Local(folder),))], book, Limits(drain_seconds=0.1)) as client:
+                task = asyncio.create_task(client.ask(request(0)))
+                await asyncio.to_thread(loading.wait, 20)
+                started.append(time.monotonic())
+                raise KeyError(task)
+
+    started: list[float] = []
+    with pytest.raises(KeyError):
+        asyncio.run(run())
+    seconds = time.monotonic() - started[0]
+    released.set()
+    assert seconds < 10

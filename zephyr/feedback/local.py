@@ -211,7 +211,8 @@ class LocalServer:
             self._working.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._working
-        await asyncio.to_thread(self._thread.shutdown)
+        # loading cannot be stopped, and nobody has to wait for it
+        await asyncio.to_thread(self._thread.shutdown, wait=self._loaded is not None)
         self._loaded = None
 
 
