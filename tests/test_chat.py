@@ -1,6 +1,7 @@
 """The chat as a command, on models that were just exported."""
 
 import io
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,21 @@ def test_a_wrong_path_is_one_message_at_once(run: Path):
     done = command(run / "modle", "--prompt", "Hi")
     assert (done.returncode, done.stdout) == (2, "")
     assert "There is no folder" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_model_on_the_hub_comes_from_the_hubs_cache(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Laid out as huggingface_hub keeps a downloaded snapshot."""
+    revision = "1d1a7f0a0ac6c0d3f4c0c5f6e2f3a4b5c6d7e8f9"
+    repository = tmp_path / "models--HuggingFaceH4--zephyr-7b-beta"
+    shutil.copytree(run / "model", repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("HuggingFaceH4/zephyr-7b-beta", f"HuggingFaceH4/zephyr-7b-beta@{revision}"):
+        assert chat.find_model(Path(name)) == repository / "snapshots" / revision
+    with pytest.raises(UserError, match="There is no folder a/b, and no model of that name can be had from the hub: "):
+        chat.find_model(Path("a/b"))
 
 
 def test_mistakes_are_found_without_torch(run: Path):

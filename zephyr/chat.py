@@ -1,7 +1,7 @@
 """Talk to a model: `python -m zephyr.chat PATH`.
 
-PATH is a folder that training wrote, a checkpoint in it, any other transformers model with a chat template, or a PEFT
-adapter.
+PATH is a folder that training wrote, a checkpoint in it, any other transformers model with a chat template, a PEFT
+adapter, or either of these on the hub: owner/name, owner/name@revision.
 With `--prompt`, or with a prompt piped in, standard output gets the answer and nothing else.
 """
 
@@ -19,6 +19,7 @@ from zephyr.errors import UserError, reason
 if TYPE_CHECKING:
     from zephyr.data.render import Message
 
+HUB = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?")
 HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
@@ -62,8 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def find_model(path: Path) -> Path:
-    """The folder `path`, or `model/` in it, that holds a model or an adapter, or a checkpoint. Else UserError."""
+    """The folder `path`, or `model/` in it, that holds a model or an adapter, or a checkpoint. Else UserError.
+
+    Of a name of the hub (owner/name@revision) the folder is fetched, or taken from the hub's local cache.
+    """
     if not path.exists():
+        if found := HUB.fullmatch(str(path)):
+            return _fetched(**found.groupdict())
         raise UserError(f"There is no folder {path}. Give one that holds a model, such as outputs/demo/dpo.")
     if _holds_model(path) or _is_checkpoint(path):
         return path
@@ -74,6 +80,22 @@ def find_model(path: Path) -> Path:
     near = [path.parent, path.parent / "model", *below]
     suggestions = " or ".join(str(folder) for folder in near if _holds_model(folder))
     raise UserError(message + (f" Did you mean {suggestions}?" if suggestions else ""))
+
+
+def _fetched(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub's client has a dozen kinds, all of which mean: not to be had
+        raise UserError(
+            f"There is no folder {repo_id}, and no model of that name can be had from the hub: {reason(error)} "
+            "Check the name and the network, or set HF_TOKEN where it is gated."
+        ) from error
+    if not _holds_model(folder):
+        raise UserError(f"{repo_id} on the hub holds no model: it has neither config.json nor adapter_config.json.")
+    return folder
 
 
 def load(folder: Path, device: str = "auto") -> tuple[Any, Any]:

@@ -129,12 +129,12 @@ def parse(config: dict[str, Any]) -> Evaluation:
         folder = find_model(Path(given))
         answer["path"] = str(folder)
     if name is None and folder is not None:
-        name = folder.resolve().parent.name if folder.name == "model" else folder.resolve().name
+        name = _called(given, folder)
     name = name or model or answer["model"]
     if served and name is None:
         raise UserError("which model? Give its name: python -m zephyr.evaluate MODEL answer.base_url=...")
     config |= {"name": name or "model", "folder": str(folder) if folder else None}
-    config["output"] = config["output"] or _beside(folder)
+    config["output"] = config["output"] or _beside(folder if folder and Path(given).exists() else None)
     config["answer"] = _answering({"name": name, **answer, "model": answer["model"] or model if served else None})
     config["judge"] = backend({"name": _judge_name(judge), **judge}, "judge") if _given(judge) else None
     for benchmark in ("mt_bench", "alpaca_eval", "preferences"):
@@ -167,8 +167,15 @@ def _given(values: dict[str, Any]) -> bool:
     return any(values[source] for source in ("base_url", "path", "replay"))
 
 
+def _called(given: str, folder: Path) -> str:
+    """A model's name: of its run, of its folder, or on the hub."""
+    if not Path(given).exists():
+        return given.split("/")[-1].split("@")[0]
+    return folder.resolve().parent.name if folder.name == "model" else folder.resolve().name
+
+
 def _beside(folder: Path | None) -> str:
     """Where the results of a local model go: into the folder of its run, or its own where it has none."""
     if folder is None:
-        raise UserError("output is not set: give output=FOLDER, as there is no model's folder to put results into.")
+        raise UserError("output is not set: give output=FOLDER, as there is no model's own folder to put results into.")
     return str((folder.parent if folder.name == "model" else folder) / "evaluation")
