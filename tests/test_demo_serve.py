@@ -21,7 +21,10 @@ from tests.test_demo_judge import GOOD, PROMPT, WRONG
 from zephyr.chat import find_model, load
 from zephyr.data.sources import files, read
 from zephyr.demo import teacher, world
+from zephyr.demo.examination import against_baseline, two_turns
+from zephyr.demo.judge import out_of_ten
 from zephyr.demo.serve import TEACHER, main, serving
+from zephyr.evaluate import main as evaluate
 from zephyr.feedback.judge import critique_asks, load_rubrics
 from zephyr.feedback.run import run
 from zephyr.feedback.verdict import read_critique
@@ -202,3 +205,35 @@ def test_mistakes_are_told_in_one_line(folders, capsys, arguments, message):
     assert main([word.format(**folders) for word in arguments]) == 2
     told = capsys.readouterr().err
     assert told.startswith("Error: ") and message in told and told.count("\n") == 1
+
+
+def test_benchmarks_are_judged_by_the_teacher(folders, url, tmp_path):
+    """Scores of the commands are those of the teacher's rules on the answers in their files."""
+    questions, baseline = [*two_turns(seed=1, of_each=1)], against_baseline(seed=1, count=5)
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (tmp_path / "baseline.json").write_text(json.dumps(baseline))
+    output = tmp_path / "evaluation"
+    done = evaluate(
+        [
+            str(folders["a"]), "benchmarks=[mt_bench,alpaca_eval]", f"output={output}", "answer.max_tokens=12",
+            f"mt_bench.questions={tmp_path / 'question.jsonl'}", f"alpaca_eval.baseline={tmp_path / 'baseline.json'}",
+            f"judge.base_url={url}", f"judge.model={TEACHER}",
+        ]
+    )  # fmt: skip
+    assert done == 0
+    (answers,) = (output / "mt_bench" / "model_answer").iterdir()
+    said = {row["question_id"]: row["choices"][0]["turns"] for row in map(json.loads, answers.read_text().splitlines())}
+    marks = []
+    for row in questions:
+        for turn, before in enumerate(["", row["turns"][0]]):
+            marks.append(out_of_ten(teacher.score(row["turns"][turn], said[row["question_id"]][turn], before)))
+    found = json.loads((output / "mt_bench" / "results.json").read_text())
+    assert (found["n"], found["failed"], found["score"]) == (12, 0, pytest.approx(sum(marks) / 12))
+    outputs = json.loads((output / "alpaca_eval" / "outputs.json").read_text())
+    gains = [
+        teacher.score(old["instruction"], new["output"]) - teacher.score(old["instruction"], old["output"])
+        for old, new in zip(baseline, outputs, strict=True)
+    ]
+    rate = 100 * sum((gain > 0) + (gain == 0) / 2 for gain in gains) / len(gains)
+    found = json.loads((output / "alpaca_eval" / "results.json").read_text())
+    assert (found["n"], found["failed"], found["win_rate"]) == (5, 0, pytest.approx(rate))
