@@ -21,6 +21,7 @@ from rich.console import Console
 import conf
 from tests.openai_server import FAULTS, Answer, Server, text_of
 from zephyr.data.sources import files, read
+from zephyr.errors import UserError
 from zephyr.feedback.judge import ASPECTS, load_rubrics
 from zephyr.feedback.progress import Shown
 from zephyr.feedback.prompts import Prompts
@@ -277,9 +278,15 @@ def test_another_configuration_in_the_folder_is_said(tmp_path: Path, capsys: pyt
         capsys.readouterr()
         ask(server.url, tmp_path, "limit=3")
         assert capsys.readouterr().err == "" and server.requests.total() == 3 * EACH
+        ask(server.url, tmp_path, "limit=3", "default.parameters={logit_bias: {7: -1}}")
+        assert "was begun with other models." in capsys.readouterr().err
+        ask(server.url, tmp_path, "limit=3", "default.parameters={logit_bias: {7: -1}}")
+        assert capsys.readouterr().err == "" and server.requests.total() == 3 * EACH + 3 * 4
+        ask(server.url, tmp_path, "limit=3")
+        capsys.readouterr()
         ask(server.url, tmp_path, "limit=2", "judge.temperature=0.5")
         assert "was begun with other judge." in capsys.readouterr().err
-        assert server.requests.total() == 3 * EACH + 2 * 8  # completions are the same requests
+        assert server.requests.total() == 3 * EACH + 3 * 4 + 2 * 8  # completions are the same requests
 
 
 def test_a_budget_leaves_whole_prompts_and_a_larger_one_goes_on(
@@ -386,6 +393,19 @@ def test_too_many_failures_stop_the_run_with_their_causes(tmp_path: Path):
     assert server.requests.total() < 500 and not (tmp_path / "out" / "feedback.jsonl").exists()
 
 
+def test_what_the_judge_wrote_is_said_beside_what_is_wrong_with_it(tmp_path: Path):
+    """Each critique says something else, and nothing of a score."""
+    prompts(tmp_path, 200)
+
+    def script(seen: Any) -> Answer:
+        asked = json.dumps(seen.body["messages"])
+        return said(f"of {seen.key}") if seen.body["model"] == "j" and "Text 2 begins" not in asked else Answer()
+
+    with Server(script) as server, pytest.raises(UserError) as stopped:
+        ask(server.url, tmp_path, "limits.concurrency=16")
+    assert re.search(r"missing_rating \(critique: of (\w+); the judge wrote 'of \1'\)", str(stopped.value))
+
+
 def test_duplicates_are_asked_once_and_rows_without_a_prompt_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -458,6 +478,9 @@ def test_a_dry_run_sends_nothing_and_knows_what_there_is(tmp_path: Path, capsys:
         ask(server.url, tmp_path, *dry, names="abcd")
         rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:8]}
         assert int(rows["all"][2]) == 60 and int(rows["all"][1]) == 144 - 60
+        for most, stops in ((143, True), (144, False)):  # those that were sent count
+            ask(server.url, tmp_path, *dry, f"max_requests={most}", names="abcd")
+            assert (f"max_requests={most} will stop it before its end." in capsys.readouterr().out) == stops
         ask(server.url, tmp_path, names="abcd")
         capsys.readouterr()
         ask(server.url, tmp_path, *dry, names="abcd")

@@ -49,6 +49,10 @@ CONFIGURATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["models: pool.yaml cannot be read as a list of models", "No such file"],
     ),
     "a model is a word": (["models=[a]"], ["models[0] must be a group of keys with a name, got 'a'."]),
+    "a key in an entry without a name": (
+        [f"models=[{{base_url: 'http://a/v1', api_key: {SECRET}}}]"],
+        ["models[0] must be a group of keys with a name, got {'base_url': 'http://a/v1', 'api_key': '<removed>'}."],
+    ),
     "an unknown key of a model": (
         ["models=[{name: a, base_url: 'http://a/v1'}, {name: b, base_ur: 'http://a/v1'}]"],
         ["models[1] has no key 'base_ur'. Did you mean 'base_url'?"],

@@ -5,7 +5,7 @@ import pytest
 
 from zephyr.feedback.draw import Drawn, draw, load_principles
 from zephyr.feedback.judge import ASPECTS, CRITIQUE, aspect_asks, critique_asks, load_rubrics
-from zephyr.feedback.record import Made, record, second_opinions, usable
+from zephyr.feedback.record import Made, judged_twice, record, usable
 from zephyr.feedback.request import Failure, Reply
 
 OURS = load_rubrics(None)
@@ -175,12 +175,12 @@ def test_two_judgements_are_averaged_and_compared():
     assert rated["cat"] == {"instruction_following": "5", "honesty": "2", "truthfulness": "5", "helpfulness": "5"}
     assert rated["ant"]["truthfulness"] == "5" and rated["dog"]["truthfulness"] == "N/A"
     assert [(one["model"], one["judgement"], one["cause"]) for one in failures] == [("ant", 1, "unreadable_rating")]
-    compared = second_opinions([row])
-    assert compared["instruction_following"][:4] == (4, 0, 1, 1)
-    assert compared["helpfulness"][:3] == (4, 1.5, 0.5)  # |d| = 0, 3, 0, 3
-    assert compared["helpfulness"].reversed == 2 / 5  # ant 3 3, bee 1 4, cat 5 5, dog 1 4: ant-bee and ant-dog of 5
-    assert compared["honesty"].ratings == 3 and compared["truthfulness"].ratings == 2
-    assert second_opinions([kept()[0]])["honesty"].ratings == 0
+    twice = {aspect: (first, second) for aspect, first, second in judged_twice(row)}
+    assert twice["instruction_following"][0] == twice["instruction_following"][1]
+    assert twice["helpfulness"] == ([3, 1, 5, 1], [3, 4, 5, 4])
+    assert twice["honesty"][0][2] is None and twice["honesty"][1][2] == 2
+    assert twice["truthfulness"][1][0] is None
+    assert not list(judged_twice(kept()[0]))
 
 
 def test_a_drawn_prompt_becomes_its_record():

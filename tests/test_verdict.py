@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zephyr.feedback.rating import Unreadable, plain, rating
-from zephyr.feedback.verdict import Critique, Rated, disagreement, read_critique, read_pair, read_ratings
+from zephyr.feedback.verdict import Critique, Judgements, Rated, read_critique, read_pair, read_ratings
 
 RECORDS = Path(__file__).parents[2] / "shared" / "data" / "feedback.jsonl.gz"
 MARK = "0123456789ab"
@@ -263,18 +263,25 @@ def test_critiques(reply, expected):
     assert (found.cause if isinstance(found, Unreadable) else found) == expected
 
 
+def disagreement(*prompts):
+    judgements = Judgements()
+    for first, second in prompts:
+        judgements.add(first, second)
+    return judgements.disagreement()
+
+
 def test_disagreement_worked_by_hand():
     """Pairs (1,2) (3,3) (5,4): |d| 1 0 1; squares 1 0 1 in the mean 2/3. Variances 8/3 and 2/3, means 3 and 3, so by
     chance 10/3. Of three pairs of texts none is reversed; in the second prompt, (2,4) (4,2), the only one is."""
-    found = disagreement([([1, 3, 5], [2, 3, 4])])
+    found = disagreement(([1, 3, 5], [2, 3, 4]))
     assert found[:3] == pytest.approx((3, 2 / 3, 1 / 3)) and found.kappa == pytest.approx(1 - 2 / 10)
     assert found.reversed == 0
-    both = disagreement([([1, 3, 5, None], [2, 3, 4, 1]), ([2, 4], [4, 2])])
+    both = disagreement(([1, 3, 5, None], [2, 3, 4, 1]), ([2, 4], [4, 2]))
     assert (both.ratings, both.reversed) == (5, 1 / 4)
     # (1,2) (2,3): variances 1/4 each and means a point apart, so by chance 3/2
-    assert disagreement([([1, 2], [2, 3])]).kappa == pytest.approx(1 - 1 / 1.5)
-    assert disagreement([([3, 3], [3, 3])])[1:] == (0, 1, None, None)
-    assert disagreement([([None], [3])]) == (0, None, None, None, None)
+    assert disagreement(([1, 2], [2, 3])).kappa == pytest.approx(1 - 1 / 1.5)
+    assert disagreement(([3, 3], [3, 3]))[1:] == (0, 1, None, None)
+    assert disagreement(([None], [3])) == (0, None, None, None, None)
 
 
 @pytest.mark.skipif(not RECORDS.exists(), reason="GPT-4's critiques are not here")

@@ -70,7 +70,10 @@ class _Known:
 
     def __init__(self, path: Path) -> None:
         self.ledger = Ledger(path, read_only=True) if path.exists() else None
-        self.totals = {t.model: t for t in self.ledger.totals() if t.cause is None} if self.ledger else {}
+        totals = self.ledger.totals() if self.ledger else []
+        self.totals = {t.model: t for t in totals if t.cause is None}
+        self.requests = sum(t.attempts for t in totals)  # that were sent
+        self.cost = sum(t.cost + t.waste for t in totals)  # USD
 
     def reply(self, model: Model, request: Request) -> Reply | None:
         found = self.ledger.get(model.key(request)) if self.ledger else None
@@ -119,7 +122,8 @@ def estimate(settings: Feedback, collector: Collector, prompts: Iterable[Prompt]
         if empty_critiques:
             start = critique + size
             judge.add(asked, start + expected / asked, start + most / asked, _CRITIQUE, limit)
-    return _table(settings, number, [*loads.values(), judge])
+    used = [load for load in [*loads.values(), judge] if load.requests or load.known]
+    return _table(settings, number, used, known)
 
 
 def _judging(collector: Collector, prompt: Prompt, texts: dict[int, str], known: _Known, judge: Load) -> None:
@@ -136,7 +140,7 @@ def _judging(collector: Collector, prompt: Prompt, texts: dict[int, str], known:
         judge.add(1, size, size, typical, ask.request.most_completion_tokens)
 
 
-def _table(settings: Feedback, prompts: int, loads: list[Load]) -> str:
+def _table(settings: Feedback, prompts: int, loads: list[Load], known: _Known) -> str:
     head = ("model", "", "requests", "answered", "prompt", "completion", "USD", "at most")
     total = [sum(getattr(load, name) for load in loads) for name in _COLUMNS]
     rows: list[tuple[str, ...]] = [head]
@@ -160,7 +164,7 @@ def _table(settings: Feedback, prompts: int, loads: list[Load]) -> str:
             f"time: about {timedelta(seconds=round(seconds))}, {why}",
             f"assumed: {_BYTES} bytes a token; {length} {_TYPICAL} tokens, judgements of {_RATING} a text, critiques "
             f"of {_CRITIQUE}; no prefix cache, no retries. At most: each completion as long as it may be (max_tokens).",
-            *_budget(settings, total),
+            *_budget(settings, total, known),
         ]
     )
 
@@ -172,11 +176,11 @@ def _figures(values: list[float]) -> list[str]:
     return [f"{value:,.0f}" for value in values[:4]] + [f"{value:,.2f}" for value in values[4:]]
 
 
-def _budget(settings: Feedback, total: list[float]) -> list[str]:
+def _budget(settings: Feedback, total: list[float], known: _Known) -> list[str]:
     lines = []
-    if settings.max_requests is not None and total[0] > settings.max_requests:
+    if settings.max_requests is not None and known.requests + total[0] > settings.max_requests:
         lines.append(f"max_requests={settings.max_requests:,} will stop it before its end.")
-    if settings.max_cost is not None and total[4] > settings.max_cost:
+    if settings.max_cost is not None and known.cost + total[4] > settings.max_cost:
         lines.append(f"max_cost={settings.max_cost:g} will stop it before its end.")
     return lines
 

@@ -12,13 +12,13 @@ Nothing here depends on the clock or on how often a request was sent.
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zephyr.feedback.draw import Drawn
 from zephyr.feedback.judge import ASPECTS, CRITIQUE, Ask, Rubric
 from zephyr.feedback.request import Failure, Reply
-from zephyr.feedback.verdict import Critique, Disagreement, Rated, Unreadable, disagreement, read_critique, read_ratings
+from zephyr.feedback.verdict import Critique, Rated, Unreadable, read_critique, read_ratings
 
 _TWO_PART = ("truthfulness", "helpfulness")  # aspects whose rationale has two keys in UltraFeedback
 
@@ -122,22 +122,19 @@ def record(
     return Recorded(row, failures)
 
 
-def second_opinions(rows: Iterable[dict[str, Any]]) -> dict[str, Disagreement]:
-    """For each aspect how far first and second judgement differ, over the records that have both."""
-    both: dict[str, list[tuple[list[float | None], list[float | None]]]] = {aspect: [] for aspect in ASPECTS}
-    for row in rows:
-        found: dict[str, dict[int, list[float | None]]] = {aspect: {} for aspect in ASPECTS}
-        for item in row["judgements"]:
-            if item["aspect"] in found:
-                known = dict(zip(item["order"], item["ratings"], strict=True))
-                numbers = [known.get(place) for place in range(len(row["completions"]))]
-                found[item["aspect"]][item["judgement"]] = [
-                    None if number in (None, "N/A") else float(number) for number in numbers
-                ]
-        for aspect, judged in found.items():
-            if judged.keys() >= {0, 1}:
-                both[aspect].append((judged[0], judged[1]))
-    return {aspect: disagreement(pairs) for aspect, pairs in both.items()}
+def judged_twice(row: Mapping[str, Any]) -> Iterator[tuple[str, list[float | None], list[float | None]]]:
+    """Of each aspect that a record has two judgements of, the ratings of both, in the order of the completions."""
+    found: dict[str, dict[int, list[float | None]]] = {aspect: {} for aspect in ASPECTS}
+    for item in row["judgements"]:
+        if item["aspect"] in found:
+            known = dict(zip(item["order"], item["ratings"], strict=True))
+            numbers = [known.get(place) for place in range(len(row["completions"]))]
+            found[item["aspect"]][item["judgement"]] = [
+                None if number in (None, "N/A") else float(number) for number in numbers
+            ]
+    for aspect, judged in found.items():
+        if judged.keys() >= {0, 1}:
+            yield aspect, judged[0], judged[1]
 
 
 def _fault(reply: Reply | Failure) -> tuple[str, str] | None:

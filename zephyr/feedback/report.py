@@ -1,8 +1,6 @@
 """What a run came to: counts, mean ratings, failures by cause, disagreement, tokens and cost. No text of a prompt."""
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,8 @@ from zephyr.feedback.client import Client
 from zephyr.feedback.judge import ASPECTS
 from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.prompts import Prompts
-from zephyr.feedback.record import Recorded, second_opinions
+from zephyr.feedback.record import Recorded, judged_twice
+from zephyr.feedback.verdict import Judgements
 
 
 class Account:
@@ -23,6 +22,7 @@ class Account:
         self.sources: Counter[str] = Counter()  # records
         self.judges: Counter[str] = Counter()  # judgements, by the name that the server returned
         self.failures: dict[str, Counter[str]] = defaultdict(Counter)  # stage: cause
+        self.judged_twice = {aspect: Judgements() for aspect in ASPECTS}
         self._ratings: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0]))
 
     def add(self, source: str | None, recorded: Recorded | None) -> None:
@@ -38,6 +38,8 @@ class Account:
         self.records += 1
         self.sources[recorded.row["source"]] += 1
         self.judges.update(judgement["judge"] for judgement in recorded.row["judgements"])
+        for aspect, first, second in judged_twice(recorded.row):
+            self.judged_twice[aspect].add(first, second)
         for one in recorded.row["completions"]:
             self.models[one["model"]] += 1
             self.principles[one["principle"]] += 1
@@ -55,8 +57,8 @@ class Account:
         prompts: Prompts,
         client: Client,
         ledger: Ledger,
-        second: str | None,  # the file of records, where they hold two judgements
         *,
+        second: bool,  # whether there are two judgements
         seconds: float,
     ) -> dict[str, Any]:
         """All of it, as JSON values. `seconds` are those of this run."""
@@ -78,9 +80,11 @@ class Account:
                 for model, given in sorted(self._ratings.items())
             },
             "failures": {stage: _sorted(causes) for stage, causes in sorted(self.failures.items())},
-            "second_judgement": None
-            if second is None
-            else {aspect: found._asdict() for aspect, found in second_opinions(_rows(Path(second))).items()},
+            "second_judgement": {
+                aspect: judgements.disagreement()._asdict() for aspect, judgements in self.judged_twice.items()
+            }
+            if second
+            else None,
             "this_run": {
                 "seconds": round(seconds, 2),
                 "requests_sent": tally.sent,
@@ -101,21 +105,18 @@ class Account:
         """The last words of a run. `spent` says what of the budget is."""
         run = report["this_run"]
         did = f"{run['requests_sent']:,} requests sent, {run['requests_replayed']:,} answers found in the ledger"
-        cost = f", {run['cost'] + run['cost_of_failed_attempts']:.4f} USD" if run["cost"] else ""
+        spent_now = run["cost"] + run["cost_of_failed_attempts"]
+        cost = f", {spent_now:.4f} USD" if spent_now else ""
         words = (
             f"{self.records:,} of {self.prompts:,} prompts recorded ({did}{cost}, {run['seconds']:,.0f} s): {output}"
         )
-        if failed := sum(causes.total() for causes in self.failures.values()):
-            words += f"\n{failed:,} failures are named in {output}/failures.jsonl."
+        if failed := sum(self.failures.values(), Counter()):
+            common = ", ".join(f"{number:,} {cause}" for cause, number in failed.most_common(3))
+            words += f"\n{failed.total():,} failures are named in {output}/failures.jsonl, most of them {common}."
         if self.left:
             words += f"\nStopped by the budget ({spent}): {self.left:,} prompts are left."
             words += " The same command with a larger one goes on."
         return words
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def _sorted(counts: Counter[str]) -> dict[str, int]:

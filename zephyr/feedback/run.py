@@ -97,10 +97,9 @@ def _run(
 
         with Shown(total, settings, redact(config), output) as shown:
             client = asyncio.run(interruptible(collector.collect(prompts, ledger, write, shown)))
-            feedback.flush()  # the report reads it
             report = account.report(
-                redact(config), prompts, client, ledger, feedback.name if settings.judge.second else None,
-                seconds=time.monotonic() - started,
+                redact(config), prompts, client, ledger,
+                second=settings.judge.second, seconds=time.monotonic() - started,
             )  # fmt: skip
             shown.summary(report)
     with _whole([output / "report.json"]) as (file,):
@@ -127,7 +126,7 @@ class Collector:
     def deciding(self) -> dict[str, Any]:
         """What requests depend on, as JSON values."""
         settings, judge = self.settings, self.settings.judge
-        return {
+        values = {
             "seed": settings.seed,
             "models": [{"name": model.name, **model.sampling} for model in settings.models],
             "completions": settings.completions,
@@ -135,6 +134,7 @@ class Collector:
             "judge": {"model": judge.backend.name, "structured": judge.backend.structured, **judge.backend.sampling},
             "rubrics": _digest([[rubric.aspect, rubric.text] for rubric in self.rubrics.values()]),
         }
+        return json.loads(json.dumps(values))
 
     def completion_requests(self, prompt: Prompt) -> list[tuple[Drawn, Request]]:
         """Who answers the prompt, and what each is asked. Fewer than wanted where files do not hold more."""
@@ -216,7 +216,7 @@ class Collector:
         recorded = record(prompt.text, prompt.source or "unknown", made, told, self.rubrics)
         if recorded.row is not None and len(prompt.messages) > 1:
             recorded.row["prompt"] = list(prompt.messages)  # that pairs are made of, in place of the text of all turns
-        _judged(recorded, told, watch)
+        _judged(recorded, made, told, watch)
         return recorded
 
 
@@ -244,22 +244,21 @@ class _Watch:
             )
 
 
-def _judged(recorded: Recorded, told: Sequence[Told], watch: _Watch) -> None:
+def _judged(recorded: Recorded, made: Sequence[Made], told: Sequence[Told], watch: _Watch) -> None:
     """Judgements count as requests: one whose reply says nothing of one text or more has failed."""
-    failed: dict[tuple[Any, ...], dict[str, Any]] = {}
+    failures: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in recorded.failures:
         if row["stage"] == "judge":
             about = row["model"] if row["aspect"] == CRITIQUE else None
-            failed.setdefault((row["aspect"], row["judgement"], about), row)
-    wrote = {
-        (ask.aspect, ask.judgement): f"; the judge wrote {one_line(reply.text)!r}"
-        for ask, reply in told
-        if isinstance(reply, Reply) and failed
-    }
-    for row in failed.values():
-        watch.ended(row["cause"], f"{row['aspect']}: {row['detail']}{wrote.get((row['aspect'], row['judgement']), '')}")
-    for _ in range(len(told) - len(failed)):
-        watch.ended(None)
+            failures.setdefault((row["aspect"], row["judgement"], about), row)
+    for ask, reply in told:
+        about = made[ask.order[0]].drawn.model if ask.aspect == CRITIQUE else None
+        failed = failures.get((ask.aspect, ask.judgement, about))
+        if failed is None:
+            watch.ended(None)
+            continue
+        wrote = f"; the judge wrote {one_line(reply.text)!r}" if isinstance(reply, Reply) else ""
+        watch.ended(failed["cause"], f"{ask.aspect}: {failed['detail']}{wrote}")
 
 
 class _Asker:

@@ -11,6 +11,7 @@ from zephyr.errors import UserError, reason
 from zephyr.feedback.local import Local
 from zephyr.feedback.pool import Endpoint, Limits, Model, Price, Source
 from zephyr.feedback.replay import Replay, recordings
+from zephyr.redact import redact
 from zephyr.settings import Count, Decay, Must, Portion, Positive, Seed, Text, Wandb, build, nearest
 
 
@@ -111,7 +112,7 @@ def listed(models: Any) -> list[Any]:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"models: {where} cannot be read as a list of models: {reason(error)}") from error
     if not isinstance(models, list):
-        raise UserError(f"{where} must be a list such as [{{name: m1, base_url: http://...}}], got {models!r}.")
+        raise UserError(f"{where} must be a list such as [{{name: m1, base_url: http://...}}], got {redact(models)!r}.")
     return models
 
 
@@ -122,7 +123,7 @@ def backend(values: dict[str, Any], where: str) -> Backend:
 
 def _over(default: dict[str, Any], entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(entry, dict) or "name" not in entry:
-        raise UserError(f"{where} must be a group of keys with a name, got {entry!r}.")
+        raise UserError(f"{where} must be a group of keys with a name, got {redact(entry)!r}.")
     for key in entry:
         if key != "name" and key not in default:
             raise UserError(f"{where} has no key {key!r}.{nearest(key, ['name', *default])}")

@@ -20,7 +20,8 @@ conflicting_ratings  stated more than once, and not alike
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from zephyr.feedback.rating import NUMBER, WORD, Unreadable, Value, is_bare, number, plain, rating, shown
@@ -113,31 +114,41 @@ def read_critique(reply: str, top: int, *, finished: bool = True) -> Critique | 
     return Critique(feedback.strip(), score) if isinstance(score, float) else _unreadable(score)
 
 
-def disagreement(prompts: Iterable[tuple[Sequence[float | None], Sequence[float | None]]]) -> Disagreement:
-    """How far two judgements differ. Each item holds a prompt's ratings in the first and in the second, in the order
-    of the completions; a text counts where both have a number."""
-    pairs: list[tuple[float, float]] = []
-    ranked = flipped = 0
-    for first, second in prompts:
+class Judgements:
+    """Two judgements of the same texts, prompt after prompt. What is kept does not grow with the prompts."""
+
+    def __init__(self) -> None:
+        self._pairs: Counter[tuple[float, float]] = Counter()
+        self._ranked = self._flipped = 0
+
+    def add(self, first: Sequence[float | None], second: Sequence[float | None]) -> None:
+        """A prompt's ratings, in the order of the completions; a text counts where both have a number."""
         both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-        pairs += both
+        self._pairs.update(both)
         for i, one in enumerate(both):
             products = [(one[0] - other[0]) * (one[1] - other[1]) for other in both[i + 1 :]]
-            ranked += sum(product != 0 for product in products)
-            flipped += sum(product < 0 for product in products)
-    if not pairs:
-        return Disagreement(0, None, None, None, None)
-    n = len(pairs)
-    means = [math.fsum(pair[side] for pair in pairs) / n for side in (0, 1)]
-    spread = math.fsum((a - means[0]) ** 2 + (b - means[1]) ** 2 for a, b in pairs) / n
-    by_chance = spread + (means[0] - means[1]) ** 2  # mean squared distance of ratings that are paired at random
-    return Disagreement(
-        n,
-        math.fsum(abs(a - b) for a, b in pairs) / n,
-        sum(a == b for a, b in pairs) / n,
-        1 - math.fsum((a - b) ** 2 for a, b in pairs) / n / by_chance if by_chance else None,
-        flipped / ranked if ranked else None,
-    )
+            self._ranked += sum(product != 0 for product in products)
+            self._flipped += sum(product < 0 for product in products)
+
+    def disagreement(self) -> Disagreement:
+        """How far they differ."""
+        n = self._pairs.total()
+        if not n:
+            return Disagreement(0, None, None, None, None)
+
+        def mean(of: Callable[[float, float], float]) -> float:
+            return math.fsum(number * of(*pair) for pair, number in self._pairs.items()) / n
+
+        first, second = mean(lambda a, b: a), mean(lambda a, b: b)
+        # mean squared distance of ratings that are paired at random
+        by_chance = mean(lambda a, b: (a - first) ** 2 + (b - second) ** 2) + (first - second) ** 2
+        return Disagreement(
+            n,
+            mean(lambda a, b: abs(a - b)),
+            mean(lambda a, b: a == b),
+            1 - mean(lambda a, b: (a - b) ** 2) / by_chance if by_chance else None,
+            self._flipped / self._ranked if self._ranked else None,
+        )
 
 
 def _blocks(
