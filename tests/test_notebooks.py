@@ -47,7 +47,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # this checkout, whichever is installed
     notebook = nbformat.read(path, nbformat.NO_CONVERT)
     if path.stem == "04-chat":  # beside a run that nobody has made here
-        tiny.model(0).save_pretrained(tmp_path / "outputs" / "demo" / "dpo" / "model")
+        tiny.model(0, max_position_embeddings=128).save_pretrained(tmp_path / "outputs" / "demo" / "dpo" / "model")
         tiny.tokenizer().save_pretrained(tmp_path / "outputs" / "demo" / "dpo" / "model")
     (tmp_path / "notebooks").mkdir()
     nbclient.NotebookClient(
