@@ -1,13 +1,14 @@
 """The benchmarks measure the same thing on both sides, and what they say of growth holds; short forms of each."""
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks import cpu, floor, gpu, growth, shapes, table, turns
+from benchmarks import cpu, feedback, floor, gpu, growth, shapes, table, turns
 from benchmarks.child import in_child
 from benchmarks.loops import Job, Record
 from zephyr.data.batch import Conversation, Pair, pack_pairs
@@ -232,3 +233,24 @@ def test_memory_does_not_grow_over_steps_of_varying_lengths():
     found = in_child(growth.many_steps, 120, 40, False)
     assert found["lengths"] > 100
     assert found["growth_mib"] < growth.RESIDENT
+
+
+def test_feedback_survives_faults_and_kills(tmp_path, monkeypatch):
+    """The short form of the proof."""
+    output = tmp_path / "results.json"
+    line = ["feedback", "--only", "faults", "--only", "kills", "--prompts", "20", "--kills", "2"]
+    monkeypatch.setattr(sys, "argv", [*line, "--folder", str(tmp_path), "--output", str(output)])
+    with pytest.raises(SystemExit) as stop:
+        feedback.main()
+    assert stop.value.code == 0
+    found = json.loads(output.read_text())
+    assert found["faults"]["identical"] and found["kills"]["identical"]
+    assert found["faults"]["failures"] == 0 and found["faults"]["requests_sent"] > found["faults"]["requests_answered"]
+    assert found["kills"]["recorded_and_asked_again"] == 0
+    assert found["kills"]["requests_sent"] < 1.2 * 20 * feedback.REQUESTS
+
+
+def test_the_ledger_and_the_rate_of_requests_can_be_measured(tmp_path):
+    found = feedback.ledger(tmp_path, 1_000)
+    assert found["sizes"][0]["rows"] == 1_000 and 0 < found["sizes"][0]["put_us"] < 5_000
+    assert 0 < feedback.throughput(tmp_path, 200, rounds=1)["share_of_ideal"] <= 1.0
