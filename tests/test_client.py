@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -17,11 +18,11 @@ import pytest
 from tests.openai_server import FAULTS, GOOD, Answer, Server, completion, http_date, text_of
 from zephyr.errors import UserError
 from zephyr.feedback.client import Client
-from zephyr.feedback.dispatch import Bucket, BudgetSpent
+from zephyr.feedback.dispatch import Bucket, BudgetSpent, Lane
 from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.pool import Budget, Endpoint, Limits, Model, Price
 from zephyr.feedback.request import Failure, Reply, Request
-from zephyr.feedback.server import _retry_after, _text
+from zephyr.feedback.server import Again, _retry_after, _text
 
 ROOT = Path(__file__).parents[1]
 QUICK = Limits(backoff=0.01, total_seconds=1.0, attempts=3, response_bytes=4096)
@@ -343,6 +344,22 @@ def test_a_failing_server_is_rested_and_the_other_goes_on(tmp_path, broken):
         assert [reply.text for reply in replies] == [good(n) for n in range(200)]
         failed = client.tally.retries.total()
         assert 3 <= failed <= 12  # what was in flight, and a try after each rest
+
+
+@pytest.mark.parametrize("cause", ["connection", "rate_limited"])
+def test_what_fails_at_once_is_one_reason_to_rest(cause):
+    """64 requests under way when a server is restarted, or refuses to take so many: it is left alone for `backoff`,
+    then for twice that after each request that it is tried with; not for the longest wait."""
+    lane = Lane(SimpleNamespace(endpoint=Endpoint("http://a/v1", concurrency=64)), Limits(backoff=1.0))
+    lane.in_flight = 64
+    for _ in range(64):
+        lane.failed(Again(cause, "down"), sent=0.0, now=5.0)
+    assert (lane.rests_until, lane.window) == (6.0, 1 if cause == "connection" else 32)
+    for now, rested in ((7.0, 2.0), (10.0, 4.0), (20.0, 8.0)):
+        lane.failed(Again(cause, "down"), sent=now - 0.5, now=now)
+        assert lane.rests_until == now + rested
+    lane.answered()
+    assert (lane.failures, lane.rests, lane.silent_since) == (0, 0, None)
 
 
 def test_the_rate_of_requests_is_kept(tmp_path):

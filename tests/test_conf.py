@@ -77,7 +77,10 @@ def test_every_option_of_every_group_composes():
         build(kind, conf.compose(f"prepare/{command}", ["input=a.jsonl", "output=b"]))
         used.add(f"prepare/{command}")
     models = "models=[{name: a, base_url: 'http://a/v1'}]"
-    feedback.parse(conf.compose("feedback", ["prompts=a", "output=b", models, "judge.model=j", "judge.path=c"]))
+    parsed = feedback.parse(
+        conf.compose("feedback", ["prompts=a", "output=b", models, "judge.model=j", "judge.path=c"])
+    )
+    assert parsed.limits == feedback.Limits(), "what the client takes where it is used without a configuration"
     used |= {"feedback", "backend/server", "limits/client"}
     assert files == used
 

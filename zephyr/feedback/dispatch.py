@@ -54,6 +54,7 @@ class Lane:
     rests_until: float = 0.0
     cut_at: float = -math.inf
     failures: int = 0  # in a row
+    rests: int = 0  # the same
     silent_since: float | None = None  # the first failure since it last answered
     last: str = ""  # what it said then
 
@@ -72,7 +73,7 @@ class Lane:
 
     def answered(self) -> None:
         """It answered, if only to refuse: what is wrong is not the server."""
-        self.failures, self.silent_since = 0, None
+        self.failures, self.rests, self.silent_since = 0, 0, None
         self.window = min(self.server.endpoint.concurrency, self.window + 1)
 
     def failed(self, error: Again, sent: float, now: float) -> None:
@@ -84,12 +85,14 @@ class Lane:
         self.last = error.detail
         self.silent_since = now if self.silent_since is None else self.silent_since
         limited = error.cause == "rate_limited"
+        new = sent >= self.cut_at  # one cut, and one rest, for all requests that were under way when it came
         rest = error.after
-        if rest is None and (limited or self.failures >= _OPENS):
-            rest = self.limits.backoff * 2.0 ** min(self.failures - (1 if limited else _OPENS), 16)
+        if rest is None and new and (limited or self.failures >= _OPENS):
+            rest = self.limits.backoff * 2.0 ** min(self.rests, 16)
         if rest is None:
             return
-        if sent >= self.cut_at:  # one cut for all requests that were under way when it came
+        if new:
+            self.rests += 1
             self.window = max(1, self.in_flight // 2) if limited else 1
             self.cut_at = now
         self.rests_until = max(self.rests_until, now + min(rest, self.limits.longest_wait))

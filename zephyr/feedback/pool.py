@@ -9,15 +9,16 @@ from urllib.parse import urlsplit
 
 from zephyr.errors import UserError
 from zephyr.feedback.request import Request
+from zephyr.settings import Count, Decay, Positive
 
 
 @dataclass(frozen=True)
 class Price:
     """USD per million tokens."""
 
-    prompt: float = 0.0
-    completion: float = 0.0
-    cached: float | None = None  # of the prompt's tokens that the server had in its cache; None: as others
+    prompt: Decay = 0.0
+    completion: Decay = 0.0
+    cached: Decay | None = None  # of the prompt's tokens that the server had in its cache; None: as others
 
     def cost(self, prompt: int, completion: int, cached: int = 0) -> float:
         """USD for so many tokens; the cached ones are among the prompt's."""
@@ -136,15 +137,15 @@ class Model:
 class Limits:
     """Bounds of the client."""
 
-    concurrency: int = 64  # requests in flight, all servers together
-    attempts: int = 6  # of a request, before it is a failure; a 429 is none
-    backoff: float = 1.0  # seconds: the n-th wait of a request is drawn from 0 to backoff * 2**(n - 1)
-    longest_wait: float = 60.0  # seconds, for any wait, also one that a server asks for
-    patience: float = 120.0  # seconds without one answer from any server of a model, after which the run stops
-    connect_seconds: float = 10.0
-    total_seconds: float = 600.0  # of an attempt, to the last byte
-    drain_seconds: float = 5.0  # that replies under way are waited for when the client is left by an exception
-    response_bytes: int = 8 * 1024 * 1024
+    concurrency: Count = 64  # requests in flight, all servers together
+    attempts: Count = 6  # of a request, before it is a failure; a 429 is none
+    backoff: Decay = 1.0  # seconds: the n-th wait of a request is drawn from 0 to backoff * 2**(n - 1)
+    longest_wait: Decay = 60.0  # seconds, for any wait, also one that a server asks for
+    patience: Positive = 120.0  # seconds without one answer from any server of a model, after which the run stops
+    connect_seconds: Positive = 10.0
+    total_seconds: Positive = 600.0  # of an attempt, to the last byte
+    drain_seconds: Decay = 5.0  # that replies under way are waited for when the client is left by an exception
+    response_bytes: Count = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True)

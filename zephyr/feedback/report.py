@@ -112,7 +112,7 @@ class Account:
         )
         if failed := sum(self.failures.values(), Counter()):
             common = ", ".join(f"{number:,} {cause}" for cause, number in failed.most_common(3))
-            words += f"\n{failed.total():,} failures are named in {output}/failures.jsonl, most of them {common}."
+            words += f"\n{failed.total():,} failures ({common}) are named in {output}/failures.jsonl."
         if self.left:
             words += f"\nStopped by the budget ({spent}): {self.left:,} prompts are left."
             words += " The same command with a larger one goes on."

@@ -93,13 +93,14 @@ def parse(config: dict[str, Any]) -> Feedback:
     if judge["model"] is None:
         raise UserError("judge.model is not set: give judge.model=VALUE.")
     own = {key: judge.pop(key) for key in ("rubrics", "critique", "second")}
-    config["judge"] = {"backend": _backend({"name": judge["model"], **judge}, "judge"), **own}
+    own["backend"] = backend({"name": judge["model"], **judge}, "judge")  # whose keys stand beside its own in the YAML
+    config["judge"] = build(Judge, own, "judge", {"backend": Any})
     config["models"] = [
         _backend(one, f"models[{i}]")
         for i, entry in enumerate(models)
         for one in _every(_over(default, entry, f"models[{i}]"))
     ]
-    return build(Feedback, config)
+    return build(Feedback, config, "", {"judge": Any})
 
 
 def listed(models: Any) -> list[Any]:
