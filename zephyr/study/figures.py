@@ -86,7 +86,7 @@ def _epochs(results: Results) -> Figure | None:
         right.plot([epochs] * len(found.values), found.values, ".", color="0.6", zorder=1)
     if (first := results.arms.get(SFT, {}).get(measure)) is not None:
         right.axhline(first.mean, color="0.45", linewidth=0.8, linestyle=(0, (6, 3)), label="dSFT-1")
-        right.legend(frameon=False, fontsize=9, loc="lower right")
+        right.legend(frameon=False, fontsize=9, loc="upper left")
     right.set_xticks([*worth])
     right.set(xlabel="epochs of dDPO", xlim=(0.5, max(worth, default=1) + 0.5))
     right.set_title(LABELS[measure][0].upper() + LABELS[measure][1:], loc="left", fontsize=10)
