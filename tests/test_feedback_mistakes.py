@@ -72,6 +72,7 @@ CONFIGURATIONS: dict[str, tuple[list[str], list[str]]] = {
     "an unknown limit": (["limits.concurency=3"], ["limits has no key 'concurency'. Did you mean 'concurrency'?"]),
     "a number as text": (["limits.concurrency=many"], ["limits.concurrency must be a whole number, got 'many'."]),
     "no attempts": (["limits.attempts=0"], ["limits.attempts must be at least 1, got 0"]),
+    "another's parameters": (["judge.parameters={stream: true}"], ["judge.parameters holds stream, which the client"]),
     "no time": (["limits.total_seconds=-1"], ["limits.total_seconds must be above 0, got -1"]),
     "a price": (["judge.price.completion=-1"], ["judge.price.completion must be at least 0, got -1"]),
     "a share": (["max_failures=5"], ["max_failures must be in [0, 1], got 5"]),

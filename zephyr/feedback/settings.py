@@ -14,6 +14,8 @@ from zephyr.feedback.replay import Replay, recordings
 from zephyr.redact import redact
 from zephyr.settings import Count, Decay, Must, Portion, Positive, Seed, Text, Wandb, build, nearest
 
+_OURS = {"model", "messages", "stream", "n"}  # an answer is one, whole, and of the model that the record names
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -148,5 +150,7 @@ def _backend(values: dict[str, Any], where: str) -> dict[str, Any]:
     if len(sources) != 1:
         said = " and ".join(sources) or "none of them"
         raise UserError(f"{where} must have one of base_url, path and replay; it has {said}.")
+    if isinstance(values["parameters"], dict) and (ours := sorted(_OURS & values["parameters"].keys())):
+        raise UserError(f"{where}.parameters holds {', '.join(ours)}, which the client itself sets. Take it out.")
     # only servers take a schema
     return {**values, "base_url": urls, "structured": values["structured"] and bool(urls)}
