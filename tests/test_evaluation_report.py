@@ -228,6 +228,7 @@ def test_half_a_character_and_a_pair_mode(tmp_path: Path) -> None:
     assert report([folder], tmp_path / "out") == []
     page = (tmp_path / "out" / "report.html").read_text()
     assert cells(page, "Wins, and half of the ties")[1][:3] == ["m", "rival", "0.60 0.50 to 0.70"]
+    assert cells(page, "Scores")[0][1] == "MT-Bench, share won"  # not beside scores from 1 to 10
     assert "not judged" in page
 
 

@@ -28,6 +28,7 @@ TITLES = {
 }
 PUBLISHED = "Zephyr-7B-beta, published"
 _MODEL = Column("Model", numeric=False)
+_PAIRS = "mt_bench pairs"  # a share, which is no score from 1 to 10
 
 
 class Result(NamedTuple):
@@ -127,7 +128,7 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, list[Result]], list[Missing
 
 def _overview(found: Mapping[str, Sequence[Result]]) -> Section:
     def score(benchmark: str, values: Mapping[str, Any]) -> Cell:
-        if benchmark == "mt_bench":
+        if benchmark in ("mt_bench", _PAIRS):
             return _with_interval(values["score"], values["interval"])
         if benchmark == "alpaca_eval":
             return _with_interval(values["win_rate"], (values["win_rate_low"], values["win_rate_high"]))
@@ -135,13 +136,15 @@ def _overview(found: Mapping[str, Sequence[Result]]) -> Section:
             return _number(values["average"])
         return _with_interval(100 * values["accuracy"], (100 * values["low"], 100 * values["high"]))
 
-    units = {"alpaca_eval": ", % won", "leaderboard": ", % mean", "preferences": ", %"}
-    shown = [benchmark for benchmark in BENCHMARKS if found[benchmark]]
+    names = {"mt_bench": "", _PAIRS: ", share won", "alpaca_eval": ", % won", "leaderboard": ", % mean",
+             "preferences": ", %"}  # fmt: skip
     cells: dict[str, dict[str, Cell]] = {}
-    for benchmark in shown:
+    for benchmark in BENCHMARKS:
         for result in found[benchmark]:
-            cells.setdefault(result.label, {})[benchmark] = score(benchmark, result.values)
-    columns = [_MODEL, *(Column(TITLES[benchmark] + units.get(benchmark, "")) for benchmark in shown)]
+            kind = _PAIRS if benchmark == "mt_bench" and result.values["mode"] == "pair" else benchmark
+            cells.setdefault(result.label, {})[kind] = score(kind, result.values)
+    shown = [kind for kind in names if any(kind in own for own in cells.values())]
+    columns = [_MODEL, *(Column(TITLES[kind.removesuffix(" pairs")] + names[kind]) for kind in shown)]
     rows = [[Cell(label), *(own.get(b, Cell("–")) for b in shown)] for label, own in cells.items()]
     note = "Behind a score: the interval that holds 95 % of its bootstrap resamples over questions or pairs."
     return Section("Overview", tables=[Table("Scores", columns, rows, note)])
