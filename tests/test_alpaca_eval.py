@@ -70,6 +70,11 @@ def test_the_rule_by_hand():
     assert math.isnan(win_rate([None]).win_rate) and win_rate([]).n == 0
     with pytest.raises(ValueError):
         win_rate(["better"])
+    for wrong in ([{"preference": 1}], np.array([[1, 2], [2, 1]])):  # not to be taken for missing ones
+        with pytest.raises(TypeError):
+            win_rate(wrong)
+    pandas = pytest.importorskip("pandas")
+    assert win_rate(pandas.array([1, 2, pandas.NA], dtype="Int64")).n == 2
 
 
 @pytest.mark.parametrize(

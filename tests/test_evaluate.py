@@ -76,6 +76,7 @@ def test_a_served_model_is_called_by_its_name():
         ([*SERVED, "answer.path=x"], "answer must have one of base_url, path and replay; it has base_url and path"),
         ([*SERVED, "judge.base_url=http://h/v1"], "judge.model is not set"),
         ([*SERVED, "benchmarks=[mtbench]"], "Did you mean 'mt_bench'"),
+        ([*SERVED, "benchmarks=[]"], "benchmarks is empty: give some of mt_bench, alpaca_eval"),
         ([*SERVED, "mt_bench.question=q"], "mt_bench has no key 'question'. Did you mean 'questions'"),
         ([*SERVED, "answer.temperature=hot"], "answer.temperature must be a finite number"),
         ([*SERVED, "limits.attempts=0.5"], "limits.attempts must be a whole number"),
@@ -162,12 +163,29 @@ def test_benchmarks_that_ask_nobody_come_after_those_that_do(tmp_path, monkeypat
 
     for module, act in ((mt_bench, counts), (alpaca_eval, asks)):
         monkeypatch.setattr(module, "run", act)
+        monkeypatch.setattr(module, "check", lambda settings: None)
         monkeypatch.setattr(module, "summary", lambda results: f"{results['benchmark']} {results['score']}")
     keys = ["m", "answer.base_url=http://localhost:1/v1", f"output={tmp_path}", "benchmarks=[mt_bench,alpaca_eval]"]
     assert evaluate.main(keys) == 2 and came == ["asks", "counts"]
     out, err = capsys.readouterr()
     assert "alpaca_eval 1.0" in out and "a score is not a finite number" in err
     assert (tmp_path / "alpaca_eval/results.json").exists() and not list((tmp_path / "mt_bench").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "said"),
+    [
+        ("alpaca_eval", "alpaca_eval.baseline is not set"),
+        ("preferences", "preferences need a model's folder"),
+        ("leaderboard", "give that as MODEL"),
+    ],
+)
+def test_mistakes_of_every_benchmark_are_told_before_one_asks(tmp_path, questions, capsys, benchmark, said):
+    with Server(judging) as server:
+        command = ["m", f"answer.base_url={server.url}", f"judge.base_url={server.url}", "judge.model=j", questions]
+        command += [f"output={tmp_path / 'o'}", f"benchmarks=[mt_bench,{benchmark}]"]
+        assert evaluate.main(command) == 2 and said in capsys.readouterr().err
+        assert not server.seen and not (tmp_path / "o").exists()
 
 
 def test_help_is_the_defaults_and_needs_no_torch():

@@ -202,6 +202,12 @@ def test_mistakes_are_told_before_a_model_is_loaded(monkeypatch, place, tmp_path
     (tmp_path / "leaderboard" / "raw.json").write_text("{")
     with pytest.raises(UserError, match=r"raw\.json is damaged"):
         ours(place, "full", tmp_path, tasks="toy_long")
+    for changes, said in (
+        (["leaderboard.tasks=[]"], "leaderboard.tasks is empty"),
+        (["leaderboard.include_path=nowhere"], "there is no folder nowhere"),
+    ):
+        with pytest.raises(UserError, match=said):
+            leaderboard.run(parse(conf.compose("evaluate", [f"model={place / 'full'}", *changes])), tmp_path)
     served = ["model=m", "output=o", "answer.base_url=http://localhost:1/v1"]
     with pytest.raises(UserError, match="give that as MODEL"):
         leaderboard.run(parse(conf.compose("evaluate", served)), tmp_path)

@@ -89,6 +89,7 @@ def lines(path):
         ("[[-3]]", None, "-1"),
         ("[[7, 8]]", None, "-1"),
         ("[[seven]]", None, "-1"),
+        (f"[[{'9' * 5000}]]", None, "-1"),
         ("$ERROR$", None, "-1"),
         ("", None, "-1"),
     ],
@@ -337,18 +338,24 @@ def test_our_prompts_fence_what_they_judge():
 
 
 def test_mistakes_are_named(tmp_path):
+    other = given(tmp_path / "other.jsonl", [{"question_id": 99, "choices": [{"turns": ["a", "b"]}]}])
     with Server(say("[[3]]")) as server:
         for arguments, said in (
             (["mt_bench.questions=null"], "mt_bench.questions is not set"),
-            (["mt_bench.references=null"], "no answer to question 2: the categories math, reasoning, coding need them"),
-            (["mt_bench.mode=pair"], "mt_bench.baseline has no answer to question 1 and 3 others"),
+            (["mt_bench.references=null"], "mt_bench.references is not set: the categories math, reasoning, coding"),
+            (["mt_bench.mode=pair"], "mt_bench.baseline is not set: mt_bench.mode=pair compares with them"),
+            (
+                ["mt_bench.mode=pair", f"mt_bench.baseline={other}"],
+                "no answer to question 1 and 3 others: mt_bench.mode",
+            ),
+            ([f"mt_bench.answers={other}"], "other.jsonl answers none of the 4 questions"),
             ([f"mt_bench.judge_prompts={tmp_path / 'q.jsonl'}"], "name, system_prompt and prompt_template"),
             (["judge.base_url=null"], "no judge"),
             (["answer.base_url=null", "model=null"], "no model to ask"),
         ):
             with pytest.raises(UserError, match=said):
                 evaluate(tmp_path, server, *arguments)
-        assert not server.seen
+        assert not server.seen and not (tmp_path / "mt_bench").exists()
     given(tmp_path / "q.jsonl", [QUESTIONS[0] | {"turns": "x"}])
     with pytest.raises(UserError, match=r"q.jsonl line 1: turns"):
         read_questions(str(tmp_path / "q.jsonl"))
@@ -378,7 +385,7 @@ def test_a_radar_plot_is_drawn_alike_each_time(tmp_path):
 @pytest.mark.parametrize("file", sorted(DATA.glob("model_*/*.gz")), ids=lambda path: path.name.split(".")[0])
 def test_fastchats_files_come_out_as_they_went_in(file, tmp_path):
     rows = (read_judgments if "judgment" in file.parent.name else read_answers)(str(file))
-    write_answers(tmp_path / "out.jsonl", rows)
+    write_answers(str(tmp_path / "out.jsonl"), rows)
     assert (tmp_path / "out.jsonl").read_bytes() == gzip.decompress(file.read_bytes())
 
 

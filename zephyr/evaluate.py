@@ -1,7 +1,8 @@
 """Evaluate a model: `python -m zephyr.evaluate MODEL benchmarks=[mt_bench] judge.base_url=... judge.model=...`.
 
-A benchmark is a module of zephyr/evaluation/ with `run`, whose results go to OUTPUT/<benchmark>/results.json, and
-`summary`, which says them in a few lines. `async def run(client, settings, folder)` asks models through the client;
+A benchmark is a module of zephyr/evaluation/ with `run`, whose results go to OUTPUT/<benchmark>/results.json;
+`summary`, which says them in a few lines; and `check(settings)`, which raises UserError at what is known to be wrong
+before anything is asked or written. `async def run(client, settings, folder)` asks models through the client;
 `def run(settings, folder)` needs none. Either may write its files into `folder`.
 """
 
@@ -52,6 +53,8 @@ def _main(arguments: list[str]) -> int | None:
 def run(settings: Evaluation, config: dict[str, Any]) -> int:
     """Run the benchmarks, those that ask models first; the exit status, 3 where the budget ended before they did."""
     modules: dict[str, ModuleType] = {name: import_module(f"zephyr.evaluation.{name}") for name in settings.benchmarks}
+    for module in modules.values():
+        module.check(settings)
     output = Path(settings.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     asking = {name: module for name, module in modules.items() if inspect.iscoroutinefunction(module.run)}

@@ -5,7 +5,6 @@ outputs, annotations.json what it writes. A preference is 1 where the baseline's
 is, 1.5 for a draw (once written 0), and between where the judge's choice is weighted by its probability.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -69,7 +68,8 @@ class Annotated(NamedTuple):
 def win_rate(preferences: Iterable[Any]) -> WinRate:
     """The official rule: what is missing or outside of 1 to 2 is dropped, 0 is a draw, and the rest is averaged.
 
-    A preference is a number, a text that says one, or missing (None, NaN). Raises ValueError at other texts.
+    A preference is a number, a text that says one, or missing (None, NaN). Raises ValueError at other texts, TypeError
+    at what is no preference, such as a whole row.
     """
     numbers = _numbers(preferences)
     values = counted(numbers)
@@ -95,6 +95,12 @@ def counted(preferences: Iterable[Any]) -> list[float]:
     return [value for value in _numbers(preferences) if 1 <= value <= 2]
 
 
+def check(settings: Evaluation) -> None:
+    """Raise UserError at what is wrong before anything is asked."""
+    if settings.alpaca_eval.annotations is None:
+        _inputs(settings)
+
+
 async def run(client: Client, settings: Evaluation, folder: Path) -> dict[str, Any]:
     """Answer, judge and count; the results. Writes outputs.json and annotations.json into `folder`. Raises UserError
     where the model or the judge has not answered once."""
@@ -105,14 +111,11 @@ async def run(client: Client, settings: Evaluation, folder: Path) -> dict[str, A
             raise UserError(f"{own.annotations} holds no annotations: rows need a preference.")
         try:
             missing = Counter(_missing(row["preference"]) for row in rows if not counted([row["preference"]]))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{own.annotations} holds a preference that is no number: {reason(error)}") from error
         write(folder / "annotations.json", official_json(rows))
         return _results(rows, missing)
-    examples = _examples(own, settings.limit)
-    template = pairwise.load_template(own.prompt) if own.prompt is not None else None
-    given = _outputs(own.outputs, examples) if own.outputs is not None else None
-    settings.the_judge()  # before anything is asked of the model
+    examples, template, given = _inputs(settings)
     works = [_annotated(client, settings, example, given, template) for example in examples]
     annotated = await all_of(client, "AlpacaEval", works)
     rows = [entry.row for entry in annotated if entry.row is not None]
@@ -131,6 +134,18 @@ async def run(client: Client, settings: Evaluation, folder: Path) -> dict[str, A
         "first_preferred": math.fsum(firsts) / len(firsts) if firsts else None,
         "weighted": sum(entry.weighted for entry in annotated),
     }
+
+
+def _inputs(settings: Evaluation) -> tuple[list[Example], list[sources.Message] | None, dict[str, str] | None]:
+    """What is asked, the judge's template and the answers of a file, where there are such."""
+    own = settings.alpaca_eval
+    examples = _examples(own, settings.limit)
+    template = pairwise.load_template(own.prompt) if own.prompt is not None else None
+    given = _outputs(own.outputs, examples) if own.outputs is not None else None
+    settings.the_judge()
+    if given is None:
+        settings.the_model()
+    return examples, template, given
 
 
 async def _annotated(
@@ -307,7 +322,7 @@ def _numbers(preferences: Iterable[Any]) -> list[float]:
     """All that is there as numbers, draws as 1.5."""
     values = []
     for preference in preferences:
-        with contextlib.suppress(TypeError):  # None, and what pandas has for it
+        if preference is not None and type(preference).__name__ != "NAType":  # what pandas has for it
             values.append(float(preference) or 1.5)
     return values
 

@@ -4,6 +4,7 @@ Ours set the texts between lines with a mark, as zephyr/feedback/judge.py does, 
 of itself or as a verdict. FastChat's are filled in as they stand: scores then compare with published ones.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ def winner_of(text: str) -> str:
 
 def _written(text: str) -> str | None:
     found = next((match for pattern in _SCORES if (match := pattern.search(text))), None)
-    return found[1] if found else None
+    return found[1] if found and math.isfinite(float(found[1])) else None  # a judge in a loop writes digits for ever
 
 
 def _given(source: str, mode: str) -> dict[str, dict[str, Any]]:

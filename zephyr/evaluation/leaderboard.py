@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zephyr.errors import UserError, reason
+from zephyr.evaluation.files import write
 from zephyr.evaluation.settings import Evaluation
 
 DEVICE = "cuda:0"  # as the `lm_eval` command has it: the CPU where there is none
@@ -41,23 +42,35 @@ STANDARD = {
 }
 
 
-def run(settings: Evaluation, folder: Path) -> dict[str, Any]:
-    """Scores in per cent by task. Raises UserError where lm-eval, a task, its data or the model cannot be had."""
+def check(settings: Evaluation) -> None:
+    """Raise UserError at what is wrong before tasks are looked for."""
     if settings.folder is None:
         raise UserError("The leaderboard reads a model's probabilities, so it needs its folder: give that as MODEL.")
+    wanted = settings.leaderboard
+    if not wanted.tasks:
+        raise UserError(f"leaderboard.tasks is empty: give some of {', '.join(STANDARD)}, or others.")
+    if wanted.include_path is not None and not Path(wanted.include_path).is_dir():
+        raise UserError(f"leaderboard.include_path: there is no folder {wanted.include_path}.")
     try:
-        from lm_eval.api.registry import get_model
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks  # noqa: F401
     except ImportError as error:
         raise UserError("The leaderboard needs lm-eval: pip install 'zephyr[evaluate]'") from error
+
+
+def run(settings: Evaluation, folder: Path) -> dict[str, Any]:
+    """Scores in per cent by task. Raises UserError where lm-eval, a task, its data or the model cannot be had."""
+    check(settings)
+    from lm_eval.api.registry import get_model
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     from zephyr.models.policy import weights_fingerprint
 
     wanted = settings.leaderboard
     names = list(dict.fromkeys(wanted.tasks))
-    where = arguments(Path(settings.folder))
+    where = arguments(Path(str(settings.folder)))
     asked = {
-        "weights": weights_fingerprint(settings.folder, None),
+        "weights": weights_fingerprint(str(settings.folder), None),
         "quantization": wanted.quantization,
         "chat_template": wanted.chat_template,
         "batch_size": wanted.batch_size,
@@ -94,7 +107,7 @@ def run(settings: Evaluation, folder: Path) -> dict[str, Any]:
         )
         found["config"] |= {"model": "hf", "model_args": where}
         done[name] = {**_plain(found), "asked": asked}
-        _write(raw, done)
+        write(raw, json.dumps(done, indent=2, ensure_ascii=False) + "\n")
 
     scores = {name: _score(name, done[name]) for name in names}
     for name, score in scores.items():
@@ -262,10 +275,3 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({reason(error)}) Delete it: its tasks are then run again.") from error
     return kept
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)

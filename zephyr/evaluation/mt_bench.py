@@ -49,6 +49,16 @@ class Match(NamedTuple):
     turn: int
 
 
+class Inputs(NamedTuple):
+    """What a run starts from; rows by question, empty where there are none."""
+
+    prompts: Prompts
+    questions: list[Row]
+    references: dict[Any, Row]
+    baseline: dict[Any, Row] | None
+    answers: dict[Any, Row] | None  # of a file, in place of the model's own
+
+
 def read_questions(source: str | Path) -> list[Row]:
     """`{question_id, category, turns}` in a file's order. Raises BadRow."""
     rows: dict[Any, Row] = {}
@@ -89,9 +99,9 @@ def read_judgments(source: str | Path) -> list[Row]:
     return rows
 
 
-def write_answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_answers(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as FastChat writes them: a file of its own comes out byte for byte as it was read."""
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 write_judgments = write_answers
@@ -104,26 +114,28 @@ def scores(judgments: Sequence[Mapping[str, Any]], categories: Mapping[Any, str]
     return {model: scored([row for row in judgments if row["model"] == model], categories) for model in models}
 
 
+def check(settings: Evaluation) -> None:
+    """Raise UserError at what is wrong before anything is asked."""
+    if settings.mt_bench.judgments is None:
+        _inputs(settings)
+
+
 async def run(client: Client, settings: Evaluation, folder: Path) -> Row:
     """Answer, judge and count, or what of it files do not hold yet. Raises UserError, BudgetSpent."""
     own = settings.mt_bench
     if own.judgments is not None:
         categories = CATEGORIES if own.questions is None else _categories(read_questions(own.questions))
         return _counted(read_judgments(own.judgments), settings.name, categories)
-    if own.questions is None:
-        raise UserError("mt_bench.questions is not set: give FastChat's data/mt_bench/question.jsonl.")
-    judge, prompts = settings.the_judge(), Prompts(own.judge_prompts, own.mode)
-    questions = read_questions(own.questions)[: settings.limit]
-    references = _by_question(own.references, "mt_bench.references")
-    needed = [row for row in questions if row["category"] in NEED_REFERENCE]
-    _complete(needed, references, "mt_bench.references", f"the categories {', '.join(NEED_REFERENCE[:3])} need them")
-    baseline = _by_question(own.baseline, "mt_bench.baseline") if own.mode == "pair" else None
-    if baseline is not None:
-        _complete(questions, baseline, "mt_bench.baseline", "mt_bench.mode=pair compares with them")
+    judge, (prompts, questions, references, baseline, given) = settings.the_judge(), _inputs(settings)
     _copies(settings, folder, judge.name)
     model = file_name(settings.name)
     failures: list[Failure] = []
-    answers = await _answers(client, settings, questions, folder / "model_answer" / f"{model}.jsonl", failures)
+    path = folder / "model_answer" / f"{model}.jsonl"
+    if own.answers is not None and given is not None:
+        write(path, _content(own.answers))
+        answers = given
+    else:
+        answers = await _answers(client, settings.the_model(), questions, path, failures)
     matches = _matches(questions, answers, references, baseline)
     if not matches:
         raise UserError(f"MT-Bench: none of {len(questions)} questions has an answer to judge. {_why(failures)}")
@@ -161,18 +173,33 @@ def _said(part: Row) -> str:
     return f"{part['score']:.3f}  [{part['interval'][0]:.3f}, {part['interval'][1]:.3f}]  n {part['n']}"
 
 
+def _inputs(settings: Evaluation) -> Inputs:
+    own = settings.mt_bench
+    if own.questions is None:
+        raise UserError("mt_bench.questions is not set: give FastChat's data/mt_bench/question.jsonl.")
+    settings.the_judge()
+    prompts, questions = Prompts(own.judge_prompts, own.mode), read_questions(own.questions)[: settings.limit]
+    references = _by_question(own.references, "mt_bench.references")
+    needed = [row for row in questions if row["category"] in NEED_REFERENCE]
+    _complete(needed, references, "mt_bench.references", f"the categories {', '.join(NEED_REFERENCE[:3])} need them")
+    baseline = _by_question(own.baseline, "mt_bench.baseline") if own.mode == "pair" else None
+    if baseline is not None:
+        _complete(questions, baseline, "mt_bench.baseline", "mt_bench.mode=pair compares with them")
+    if own.answers is None:
+        settings.the_model()
+        return Inputs(prompts, questions, references, baseline, None)
+    answers = _by_question(own.answers, "mt_bench.answers")
+    answered = [row for row in questions if row["question_id"] in answers]
+    if not answered:
+        raise UserError(f"mt_bench.answers: {own.answers} answers none of the {len(questions)} questions.")
+    _long_enough(answered, answers, "mt_bench.answers")
+    return Inputs(prompts, questions, references, baseline, answers)
+
+
 async def _answers(
-    client: Client, settings: Evaluation, questions: list[Row], path: Path, failures: list[Failure]
+    client: Client, answering: Answering, questions: list[Row], path: Path, failures: list[Failure]
 ) -> dict[Any, Row]:
-    """The answers that a file holds, or the model's, by question; written either way. What fails is added to
-    `failures`."""
-    own = settings.mt_bench.answers
-    if own is not None:
-        given = _by_question(own, "mt_bench.answers")
-        _long_enough([row for row in questions if row["question_id"] in given], given, "mt_bench.answers")
-        write(path, _content(own))
-        return given
-    answering = settings.the_model()
+    """The model's answers by question, written to `path`. What fails is added to `failures`."""
     asked = await all_of(client, "MT-Bench, answers", [_answer(client, answering, row) for row in questions])
     rows = [row for row in asked if not isinstance(row, Failure)]
     failures += [row for row in asked if isinstance(row, Failure)]
@@ -266,6 +293,8 @@ def _judge(row: Row) -> str:
 
 def _complete(questions: list[Row], rows: dict[Any, Row], key: str, why: str) -> None:
     missing = [row["question_id"] for row in questions if row["question_id"] not in rows]
+    if missing and not rows:
+        raise UserError(f"{key} is not set: {why}. Give a file of answers.")
     if missing:
         more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise UserError(f"{key} has no answer to question {missing[0]}{more}: {why}.")

@@ -88,15 +88,24 @@ class _Pairs(Examples):
         return pack_pairs([self.pairs[i] for i in examples])
 
 
-def run(settings: Evaluation, folder: Path) -> dict[str, Any]:
-    """Score the pairs; the results. Writes margins.jsonl, a line a pair, and calibration.png into `folder`."""
-    own = settings.preferences
-    path = _path(settings)
+def check(settings: Evaluation) -> None:
+    """Raise UserError at what is wrong before the rows are read."""
+    own, path = settings.preferences, _path(settings)
+    if own.data is None:
+        raise UserError("preferences.data is not set: give a file of pairs, as stage=dpo of train.py takes them.")
+    sources.local_files(own.data, "preferences.data")
     if own.max_prompt_length >= own.max_length:
         raise UserError(
             f"preferences.max_prompt_length={own.max_prompt_length} must be below max_length={own.max_length}: "
             "a completion needs room behind the prompt."
         )
+    _against(own, lineage(path, None))
+
+
+def run(settings: Evaluation, folder: Path) -> dict[str, Any]:
+    """Score the pairs; the results. Writes margins.jsonl, a line a pair, and calibration.png into `folder`."""
+    check(settings)
+    own, path = settings.preferences, _path(settings)
     adapter = lineage(path, None)
     score, reference = _against(own, adapter)
     read = read_pairs(own, path, settings.limit)
@@ -148,13 +157,11 @@ def read_pairs(own: Preferences, model: str, limit: int | None = None) -> Read:
     What the trainer leaves out is left out and counted; so are rows that cannot be used. Raises UserError where no pair
     is left.
     """
-    if own.data is None:
-        raise UserError("preferences.data is not set: give a file of pairs, as stage=dpo of train.py takes them.")
     options = Options(own.max_length, own.max_prompt_length, False, own.system, own.seed, drop_bad_rows=True)
     rows = PairRows(chat_format(load_tokenizer(model)).encoder(), options, 1)
     rows.counts, rows.dropped = Counter(), Counter()
     read = Read([], [], [], rows.dropped)
-    chunks = sources.chunks(sources.files(own.data, "preferences.data"))
+    chunks = sources.chunks(sources.files(str(own.data), "preferences.data"))
     for row in (row for chunk in chunks for row in chunk.rows()):
         if len(read.pairs) == limit:
             break

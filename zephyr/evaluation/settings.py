@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from zephyr import demo
 from zephyr.chat import find_model
@@ -135,6 +135,8 @@ def parse(config: dict[str, Any]) -> Evaluation:
         raise UserError("which model? Give its name: python -m zephyr.evaluate MODEL answer.base_url=...")
     config |= {"name": name or "model", "folder": str(folder) if folder else None}
     config["output"] = config["output"] or _beside(folder if folder and Path(given).exists() else None)
+    if config["benchmarks"] == []:
+        raise UserError(f"benchmarks is empty: give some of {', '.join(get_args(Benchmark))}.")
     config["answer"] = _answering({"name": name, **answer, "model": answer["model"] or model if served else None})
     config["judge"] = backend({"name": _judge_name(judge), **judge}, "judge") if _given(judge) else None
     for benchmark in ("mt_bench", "alpaca_eval", "preferences"):
