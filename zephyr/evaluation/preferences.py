@@ -5,18 +5,16 @@ eval/rewards/accuracies are one number. It is shown beside what an eye for lengt
 stated probability comes true (Guo et al., 2017).
 """
 
-import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers.utils import logging
@@ -29,6 +27,8 @@ from zephyr.data.messages import BadRow
 from zephyr.data.modules import Examples, MicroBatches
 from zephyr.data.render import chat_format, load_tokenizer
 from zephyr.errors import UserError
+from zephyr.evaluation import charts
+from zephyr.evaluation.charts import Point
 from zephyr.evaluation.files import write
 from zephyr.evaluation.intervals import bootstrap
 from zephyr.evaluation.settings import Evaluation, Preferences
@@ -36,7 +36,6 @@ from zephyr.models.lineage import Lineage, lineage
 from zephyr.models.logps import sequence_sums, token_scores
 from zephyr.models.policy import Placement, load_policy
 from zephyr.models.reference import measured
-from zephyr.observe.plots import BLUE
 from zephyr.progress import Lines
 from zephyr.settings import Lora, Model
 
@@ -115,7 +114,9 @@ def run(settings: Evaluation, folder: Path) -> dict[str, Any]:
     bins = calibration(margins)
     longer = _right(tokens[:, 1] - tokens[:, 2])
     write(folder / "margins.jsonl", "".join(_lines(read, tokens, logps, others, margins)))
-    _draw(bins, folder / "calibration.png")
+    points = [Point(part.confidence, part.accuracy, part.n) for part in bins if part.n]  # type: ignore[arg-type]
+    draw = partial(charts.calibration, {settings.name: points})
+    write(folder / "calibration.png", charts.drawn(draw, "calibration").png)
     by_source = {origin or "": [i for i, of in enumerate(read.origins) if of == origin] for origin in {*read.origins}}
     return {
         "data": own.data,
@@ -340,28 +341,3 @@ def _lines(read: Read, tokens: NDArray[Any], logps: Numbers, others: Numbers | N
             line |= {"reference_chosen_logp": float(others[i, 0]), "reference_rejected_logp": float(others[i, 1])}
         names = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
         yield json.dumps(line | dict(zip(names, map(int, tokens[i]), strict=True))) + "\n"
-
-
-def _draw(bins: Sequence[Bin], path: Path) -> None:
-    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    shares, numbers = figure.subplots(2, sharex=True, height_ratios=[3, 1])
-    filled = [part for part in bins if part.n]
-    shares.plot([0.5, 1], [0.5, 1], color="0.45", linewidth=0.8, linestyle=(0, (6, 3)), label="as right as it is sure")
-    points = [[part.confidence for part in filled], [part.accuracy for part in filled]]
-    shares.plot(*points, "o-", color=BLUE, markeredgecolor="white", label="the model")
-    shares.set_title("How often a verdict is right", loc="left", fontsize=12, fontweight="bold")
-    shares.set_ylabel("share of verdicts that are right")
-    shares.set_ylim(0, 1.03)
-    shares.legend(frameon=False, fontsize=9, loc="lower right")
-    numbers.bar([part.start for part in bins], [part.n for part in bins], 0.5 / _BINS, align="edge", color=BLUE)
-    numbers.set_ylabel("pairs")
-    numbers.set_xlabel("probability that the model gives its verdict")
-    numbers.set_xlim(0.49, 1.01)
-    for axes in (shares, numbers):
-        axes.grid(color="0.92", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=140)
-    write(path, image.getvalue())
