@@ -25,7 +25,7 @@ from zephyr.errors import UserError
 from zephyr.feedback.judge import ASPECTS, load_rubrics
 from zephyr.feedback.progress import Shown
 from zephyr.feedback.prompts import Prompts
-from zephyr.feedback.run import run
+from zephyr.feedback.run import _Watch, run
 from zephyr.feedback.settings import parse
 from zephyr.prepare import ultrafeedback
 
@@ -386,7 +386,7 @@ def test_too_many_failures_stop_the_run_with_their_causes(tmp_path: Path):
         out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert re.match(
-        r"Error: \d+ of \d+ requests ended without an answer that can be used, more than max_failures=0.05: ", error
+        r"Error: \d+ of the latest \d+ requests ended without an answer that can be used, more than max_failures=0.05: ", error
     )
     assert error.count("\n") == 1 and "missing_text (instruction_following: Text " in error
     assert "the judge wrote 'Splendid, all of them.'" in error
@@ -572,3 +572,17 @@ def test_the_demo_has_prompts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_prompt_ids_are_hashes_of_what_is_asked(whole: tuple[Path, Server]):
     for row in lines(whole[0] / "feedback.jsonl"):
         assert row["prompt_id"] == hashlib.sha256(row["instruction"].encode()).hexdigest()
+
+
+def test_what_was_answered_long_ago_does_not_hide_what_fails_now():
+    """Of 5,000 requests 4,900 were answered; then all fail: 51 of the latest 1,000 are more than a twentieth."""
+    watch = _Watch(0.05)
+    for _ in range(4_900):
+        watch.ended(None)
+    for _ in range(50):
+        watch.ended("server_error", "500")
+    with pytest.raises(UserError, match="51 of the latest 1000 requests .*: 51 server_error .500."):
+        watch.ended("server_error", "500")
+    watch = _Watch(0.05)  # four in a hundred, for ever, are allowed
+    for number in range(10_000):
+        watch.ended("server_error" if number % 25 == 0 else None, "500")

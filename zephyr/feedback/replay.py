@@ -84,7 +84,7 @@ class ReplayServer:
         """Nothing is open."""
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def recordings(path: str) -> Recordings:
     """Every completion of a file. Of two for the same model and prompt the first one counts.
 

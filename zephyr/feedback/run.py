@@ -40,6 +40,7 @@ FILES = ("feedback.jsonl", "failures.jsonl")
 _AHEAD = 2  # times the requests that may be in flight: so many wait or fly, so that budgets end with finished prompts
 _HELD = 32  # times the same: prompts that wait for an earlier one, so as to be written in order
 _SOONEST, _FEW = 50, 200  # requests: before these none is too many failed; before those the share is one of _FEW
+_LATEST = 1_000  # requests that the share is one of: what an earlier run was answered must not hide what fails now
 
 
 class Result(NamedTuple):
@@ -221,24 +222,27 @@ class Collector:
 
 
 class _Watch:
-    """Stops the run where too large a share of requests ends without an answer that can be used."""
+    """Stops the run where too large a share of the latest requests ends without an answer that can be used."""
 
     def __init__(self, allowed: float) -> None:
-        self.allowed, self.number = allowed, 0
-        self.causes: Counter[str] = Counter()
+        self.allowed = allowed
+        self.latest: deque[str | None] = deque()  # why each failed; None where it did not
+        self.causes: Counter[str] = Counter()  # of these
         self.examples: dict[str, str] = {}
 
     def ended(self, cause: str | None, detail: str = "") -> None:
-        self.number += 1
+        self.latest.append(cause)
+        if len(self.latest) > _LATEST and (before := self.latest.popleft()):
+            self.causes[before] -= 1
         if cause is None:
             return
         self.causes[cause] += 1
         self.examples.setdefault(cause, detail)
-        failed = self.causes.total()
-        if self.number >= _SOONEST and failed > self.allowed * max(self.number, _FEW):
-            common = "; ".join(f"{n} {cause} ({self.examples[cause]})" for cause, n in self.causes.most_common(3))
+        failed, number = self.causes.total(), len(self.latest)
+        if number >= _SOONEST and failed > self.allowed * max(number, _FEW):
+            common = "; ".join(f"{n} {cause} ({self.examples[cause]})" for cause, n in self.causes.most_common(3) if n)
             raise UserError(
-                f"{failed} of {self.number} requests ended without an answer that can be used, more than "
+                f"{failed} of the latest {number} requests ended without an answer that can be used, more than "
                 f"max_failures={self.allowed:g}: {common}. Mend that, or raise max_failures; what has been answered is "
                 "kept."
             )
