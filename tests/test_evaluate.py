@@ -188,6 +188,15 @@ def test_mistakes_of_every_benchmark_are_told_before_one_asks(tmp_path, question
         assert not server.seen and not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("key", ["mt_bench.judgments", "alpaca_eval.annotations"])
+def test_a_file_that_cannot_be_counted_leaves_nothing(tmp_path, capsys, key):
+    (tmp_path / "wrong.jsonl").write_text('{"question_id": 1, "preference": {"is": 2}}\n')
+    benchmark = key.partition(".")[0]
+    command = [f"{key}={tmp_path / 'wrong.jsonl'}", f"benchmarks=[{benchmark}]", f"output={tmp_path / 'o'}"]
+    assert evaluate.main(command) == 2 and "wrong.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_help_is_the_defaults_and_needs_no_torch():
     command = [sys.executable, "-X", "importtime", "-m", "zephyr.evaluate", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -99,6 +99,8 @@ def check(settings: Evaluation) -> None:
     """Raise UserError at what is wrong before anything is asked."""
     if settings.alpaca_eval.annotations is None:
         _inputs(settings)
+    else:
+        _annotations(settings.alpaca_eval.annotations)
 
 
 async def run(client: Client, settings: Evaluation, folder: Path) -> dict[str, Any]:
@@ -106,13 +108,7 @@ async def run(client: Client, settings: Evaluation, folder: Path) -> dict[str, A
     where the model or the judge has not answered once."""
     own = settings.alpaca_eval
     if own.annotations is not None:
-        rows = [row for _, row in sources.read(sources.files(own.annotations, "alpaca_eval.annotations"))]
-        if not all("preference" in row for row in rows):
-            raise UserError(f"{own.annotations} holds no annotations: rows need a preference.")
-        try:
-            missing = Counter(_missing(row["preference"]) for row in rows if not counted([row["preference"]]))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{own.annotations} holds a preference that is no number: {reason(error)}") from error
+        rows, missing = _annotations(own.annotations)
         write(folder / "annotations.json", official_json(rows))
         return _results(rows, missing)
     examples, template, given = _inputs(settings)
@@ -134,6 +130,18 @@ async def run(client: Client, settings: Evaluation, folder: Path) -> dict[str, A
         "first_preferred": math.fsum(firsts) / len(firsts) if firsts else None,
         "weighted": sum(entry.weighted for entry in annotated),
     }
+
+
+def _annotations(source: str) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The rows of a file, and why some of them have no preference that counts."""
+    rows = [row for _, row in sources.read(sources.files(source, "alpaca_eval.annotations"))]
+    if not all("preference" in row for row in rows):
+        raise UserError(f"{source} holds no annotations: rows need a preference.")
+    try:
+        missing = Counter(_missing(row["preference"]) for row in rows if not counted([row["preference"]]))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source} holds a preference that is no number: {reason(error)}") from error
+    return rows, missing
 
 
 def _inputs(settings: Evaluation) -> tuple[list[Example], list[sources.Message] | None, dict[str, str] | None]:

@@ -118,6 +118,8 @@ def check(settings: Evaluation) -> None:
     """Raise UserError at what is wrong before anything is asked."""
     if settings.mt_bench.judgments is None:
         _inputs(settings)
+    else:
+        read_judgments(settings.mt_bench.judgments)
 
 
 async def run(client: Client, settings: Evaluation, folder: Path) -> Row:
