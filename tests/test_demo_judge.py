@@ -123,7 +123,7 @@ def test_pairs_of_mt_bench(questions, first, second, winner):
 
 
 SERVER = {
-    "name": "t", "base_url": "http://127.0.0.1:1/v1", "path": None, "replay": None, "model": None, "answers_as": None,
+    "name": "t", "base_url": "http://127.0.0.1:1/v1", "path": None, "engine": "transformers", "replay": None, "model": None, "answers_as": None,
     "api_key_env": None, "concurrency": 1, "requests_per_minute": None, "tokens_per_minute": None,
     "price": {"prompt": 0.0, "completion": 0.0, "cached": None}, "temperature": 0.0, "top_p": 1.0, "max_tokens": 9,
     "parameters": {},

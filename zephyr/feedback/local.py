@@ -53,7 +53,7 @@ class Local:
     @cached_property
     def identity(self) -> str:
         """SHA-256 of its files, in hexadecimal. Takes a second or two a gigabyte."""
-        return _fingerprint(find_model(self.path)).hex()
+        return fingerprint(find_model(self.path)).hex()
 
     def open(self, limits: Limits, secrets: set[str]) -> Answering:
         """Raises UserError where there is no model. It is loaded when it is first asked."""
@@ -216,16 +216,7 @@ class LocalServer:
         self._loaded = None
 
 
-def _settle(job: _Job, outcome: dict[str, Any] | Exception) -> None:
-    if job.done.done():  # who asked has gone
-        return
-    if isinstance(outcome, Exception):
-        job.done.set_exception(outcome)
-    else:
-        job.done.set_result(outcome)
-
-
-def _fingerprint(folder: Path) -> bytes:
+def fingerprint(folder: Path) -> bytes:
     """SHA-256 over the files of a model; of an adapter, its base's too where that is a folder."""
     names = sorted(file for file in folder.iterdir() if file.suffix in _KINDS and file.is_file())
     with ThreadPoolExecutor() as pool:
@@ -234,8 +225,17 @@ def _fingerprint(folder: Path) -> bytes:
     for file, digest in zip(names, digests, strict=True):
         total.update(file.name.encode() + b"\0" + digest)
     for base in _bases(folder):
-        total.update(_fingerprint(base))
+        total.update(fingerprint(base))
     return total.digest()
+
+
+def _settle(job: _Job, outcome: dict[str, Any] | Exception) -> None:
+    if job.done.done():  # who asked has gone
+        return
+    if isinstance(outcome, Exception):
+        job.done.set_exception(outcome)
+    else:
+        job.done.set_result(outcome)
 
 
 def _bases(folder: Path) -> Iterator[Path]:

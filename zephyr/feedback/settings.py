@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from zephyr.errors import UserError, reason
+from zephyr.feedback.engine import Engine
 from zephyr.feedback.local import Local
 from zephyr.feedback.pool import Endpoint, Limits, Model, Price, Source
 from zephyr.feedback.replay import Replay, recordings
@@ -24,6 +25,7 @@ class Backend:
     name: Text  # in records and reports
     base_url: Sequence[Text]  # OpenAI-compatible servers
     path: Text | None  # folder of a model or an adapter
+    engine: Literal["transformers", "vllm"]  # of a path
     replay: Text | None  # file of completions
     model: Text | None  # what its servers call it; None: the name
     answers_as: Text | None
@@ -51,7 +53,7 @@ class Backend:
             for url in self.base_url
         )
         if self.path:
-            servers = (Local(Path(self.path), self.concurrency),)
+            servers = ((Engine if self.engine == "vllm" else Local)(Path(self.path), self.concurrency),)
         if self.replay:
             servers = (Replay(self.replay),)
         return Model(self.name, servers, self.model or self.name, self.price, self.structured, self.answers_as)
@@ -153,4 +155,5 @@ def _backend(values: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(values["parameters"], dict) and (ours := sorted(_OURS & values["parameters"].keys())):
         raise UserError(f"{where}.parameters holds {', '.join(ours)}, which the client itself sets. Take it out.")
     # only servers take a schema
-    return {**values, "base_url": urls, "structured": values["structured"] and bool(urls)}
+    structured = values["structured"] and bool(urls or (values["path"] and values["engine"] == "vllm"))
+    return {**values, "base_url": urls, "structured": structured}
