@@ -8,6 +8,7 @@ before anything is asked or written. `async def run(client, settings, folder)` a
 
 import asyncio
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ def run(settings: Evaluation, config: dict[str, Any]) -> int:
     for module in modules.values():
         module.check(settings)
     output = Path(settings.output).expanduser()
+    for name in modules:
+        _refuse_another(output / name / "results.json", settings.name)
     output.mkdir(parents=True, exist_ok=True)
     asking = {name: module for name, module in modules.items() if inspect.iscoroutinefunction(module.run)}
     with _logged(settings, config, output) as log:
@@ -76,6 +79,16 @@ def run(settings: Evaluation, config: dict[str, Any]) -> int:
             if name not in asking:
                 done(name, module.run(settings, output / name))
     return 0
+
+
+def _refuse_another(results: Path, name: str) -> None:
+    """Raises UserError where the results of another model would be written over."""
+    try:
+        other = json.loads(results.read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or none that is worth keeping
+    if other != name:
+        raise UserError(f"{results.parent} holds the results of {other!r}. Give output=FOLDER for those of {name!r}.")
 
 
 async def _asked(
