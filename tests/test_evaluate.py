@@ -210,7 +210,12 @@ def test_results_of_another_model_are_not_written_over(tmp_path, questions, caps
     results = tmp_path / "out" / "mt_bench" / "results.json"
     results.parent.mkdir(parents=True)
     results.write_text('{"benchmark": "mt_bench", "model": "other", "score": 7.0}')
-    served = ("model=m", "answer.base_url=http://localhost:1/v1", "judge.base_url=http://localhost:1/v1", "judge.model=j")
+    served = (
+        "model=m",
+        "answer.base_url=http://localhost:1/v1",
+        "judge.base_url=http://localhost:1/v1",
+        "judge.model=j",
+    )
     assert evaluate.main([*served, questions, f"output={tmp_path / 'out'}"]) == 2
     assert "mt_bench holds the results of 'other'. Give output=FOLDER for those of 'm'." in capsys.readouterr().err
     assert json.loads(results.read_text())["score"] == 7.0 and not (tmp_path / "out" / "ledger.sqlite").exists()

@@ -386,7 +386,8 @@ def test_too_many_failures_stop_the_run_with_their_causes(tmp_path: Path):
         out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert re.match(
-        r"Error: \d+ of the latest \d+ requests ended without an answer that can be used, more than max_failures=0.05: ", error
+        r"Error: \d+ of the latest \d+ requests ended without an answer that can be used, more than max_failures=0.05: ",
+        error,
     )
     assert error.count("\n") == 1 and "missing_text (instruction_following: Text " in error
     assert "the judge wrote 'Splendid, all of them.'" in error
