@@ -7,7 +7,8 @@ faults      30 % of all requests meet a 429, a 500, a connection that drops, hal
             a slow stream: the files must be those of a run without faults, byte for byte
 kills       SIGKILL at random moments, the last start ends: the same files; nothing that the ledger held is asked again;
             what had been answered and was asked again, by the server's own count, is reported
-throughput  requests a second with a server that answers in 50 ms and 64 in flight, as a share of the ideal 1,280
+throughput  requests a second with a server that answers in 50 ms and 64 in flight, as a share of the ideal 1,280, and
+            of what a loop of bare aiohttp requests reaches in turns with it, which keeps, repeats and bounds nothing
 ledger      what a reply costs to record and to find among a thousand and among a million
 """
 
@@ -27,6 +28,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import aiohttp
 
 from tests.openai_server import FAULTS, GOOD, Answer, Seen, Server
 from zephyr.feedback.client import Client
@@ -162,17 +165,19 @@ def recorded(path: Path) -> set[str]:
 def throughput(folder: Path, number: int, rounds: int = 3) -> dict[str, Any]:
     """Against a server in a process of its own, and the CPU-seconds that each request costs the asker."""
     delay, flight = 0.05, 64
-    shares, seconds = [], []
+    shares, bare, seconds = [], [], []
     for turn in range(rounds):
         port = folder / f"port{turn}"
         server = subprocess.Popen([sys.executable, "-m", "tests.openai_server", port, str(delay)])
         try:
             while not (port.exists() and port.read_text()):
                 time.sleep(0.05)
-            pool = [Model("m", (Endpoint(f"http://127.0.0.1:{port.read_text()}/v1", concurrency=flight),))]
+            url = f"http://127.0.0.1:{port.read_text()}/v1"
+            pool = [Model("m", (Endpoint(url, concurrency=flight),))]
             before = resource.getrusage(resource.RUSAGE_SELF)
             taken = asyncio.run(_ask(pool, folder / f"speed{turn}.sqlite", number, flight))
             after = resource.getrusage(resource.RUSAGE_SELF)
+            bare.append(number * delay / flight / asyncio.run(_ask_bare(url, number, flight)))
         finally:
             server.kill()
             server.wait()
@@ -185,8 +190,26 @@ def throughput(folder: Path, number: int, rounds: int = 3) -> dict[str, Any]:
         "server_seconds": delay,
         "share_of_ideal": round(statistics.median(shares), 4),
         "shares": [round(share, 4) for share in shares],
+        "shares_of_bare_aiohttp": [round(share, 4) for share in bare],
+        "share_of_bare_aiohttp": round(statistics.median(a / b for a, b in zip(shares, bare, strict=True)), 4),
         "cpu_ms_a_request": round(1e3 * statistics.median(seconds), 3),
     }
+
+
+async def _ask_bare(url: str, number: int, flight: int) -> float:
+    """The same requests and replies with nothing around them."""
+    numbers = iter(range(number))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def asker() -> None:
+            for n in numbers:
+                body = json.dumps({"model": "m", "messages": [{"role": "user", "content": f"{n} " * 50}]}).encode()
+                async with session.post(f"{url}/chat/completions", data=body) as response:
+                    assert json.loads(await response.read())["choices"]
+
+        started = time.perf_counter()
+        await asyncio.gather(*(asker() for _ in range(flight)))
+        return time.perf_counter() - started
 
 
 async def _ask(pool: list[Model], path: Path, number: int, flight: int) -> float:
