@@ -34,8 +34,9 @@ import aiohttp
 from tests.openai_server import FAULTS, GOOD, Answer, Seen, Server
 from zephyr.feedback.client import Client
 from zephyr.feedback.ledger import Ledger
-from zephyr.feedback.pool import Endpoint, Limits, Model
+from zephyr.feedback.pool import Limits, Model
 from zephyr.feedback.request import Reply, Request
+from zephyr.feedback.server import Endpoint
 
 FAULTY = 0.3  # share of requests
 KINDS = [name for name in FAULTS if name != "wrong model"]  # any name is taken where answers_as is not set

@@ -20,9 +20,9 @@ from zephyr.errors import UserError
 from zephyr.feedback.client import Client
 from zephyr.feedback.dispatch import Bucket, BudgetSpent, Lane
 from zephyr.feedback.ledger import Ledger
-from zephyr.feedback.pool import Budget, Endpoint, Limits, Model, Price
+from zephyr.feedback.pool import Budget, Limits, Model, Price
 from zephyr.feedback.request import Failure, Reply, Request
-from zephyr.feedback.server import Again, _retry_after, _text
+from zephyr.feedback.server import Again, Endpoint, _retry_after, _text
 
 ROOT = Path(__file__).parents[1]
 QUICK = Limits(backoff=0.01, total_seconds=1.0, attempts=3, response_bytes=4096)

@@ -22,10 +22,11 @@ import conf
 from tests.openai_server import FAULTS, Answer, Server, text_of
 from zephyr.data.sources import files, read
 from zephyr.errors import UserError
+from zephyr.feedback.collect import _Watch
 from zephyr.feedback.judge import ASPECTS, load_rubrics
 from zephyr.feedback.progress import Shown
 from zephyr.feedback.prompts import Prompts
-from zephyr.feedback.run import _Watch, run
+from zephyr.feedback.run import run
 from zephyr.feedback.settings import parse
 from zephyr.prepare import ultrafeedback
 

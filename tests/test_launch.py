@@ -28,7 +28,8 @@ from pathlib import Path
 
 from zephyr import distributed
 from zephyr.errors import UserError
-from zephyr.worker import move_output, serve
+from zephyr.rank_log import move
+from zephyr.worker import serve
 
 
 def mark(name, text=None):
@@ -92,7 +93,7 @@ def breaks():
 
 
 def killed():
-    move_output(OUTPUT)
+    move(OUTPUT)
     total()
     if distributed.rank() == 1:
         if os.fork() == 0:  # a data worker
@@ -112,7 +113,7 @@ def stuck():
 
 def alone_speaks():
     print(distributed.rank(), "loads")
-    move_output(OUTPUT)
+    move(OUTPUT)
     print(distributed.rank(), "warns", file=sys.stderr)
     os.system("echo $RANK calls a program")
     return 0.25
@@ -132,7 +133,7 @@ def alone_steps():
     received = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: received.append(signum))
-    move_output(OUTPUT)
+    move(OUTPUT)
     if distributed.rank() == 0:
         print("terminal" if sys.stdout.isatty() else "no terminal")
     mark("ready")

@@ -64,7 +64,8 @@ ALLOWED = {  # part -> parts of the package that it may import, beside errors an
     },
     "estimate": {"simulate", "models", "data", "observe.throughput", "task", "sft", "dpo", "objectives"},
     "assemble": {"data", "models", "distributed", "estimate", "objectives", "placement", "sft", "dpo", "task"},
-    "worker": {"distributed", "run", "worker"},
+    "rank_log": {"distributed"},
+    "worker": {"distributed", "rank_log", "run", "worker"},
     "launch": {"worker", "interruption", "data.pool"},
     "sweep": {"redact", "distributed", "launch"},
 }

@@ -13,9 +13,10 @@ from zephyr.errors import UserError
 from zephyr.feedback.client import Client
 from zephyr.feedback.draw import Drawn
 from zephyr.feedback.ledger import Ledger
-from zephyr.feedback.pool import Endpoint, Model
+from zephyr.feedback.pool import Model
 from zephyr.feedback.replay import Replay, as_recorded, holding, recordings
 from zephyr.feedback.request import Failure, Reply, Request
+from zephyr.feedback.server import Endpoint
 from zephyr.feedback.settings import parse
 from zephyr.feedback.verdict import Critique, read_critique
 

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from zephyr import demo, distributed, early, estimate, record
+from zephyr import demo, distributed, early, estimate, rank_log, record
 from zephyr.assemble import Start, build_task, check_objective, gathered
 from zephyr.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
 from zephyr.console import speak
@@ -38,7 +38,6 @@ from zephyr.redact import redact
 from zephyr.settings import Settings
 from zephyr.strategy import Ranks
 from zephyr.task import Task
-from zephyr.worker import move_output
 
 _log = logging.getLogger("zephyr")
 
@@ -114,7 +113,7 @@ def _run(settings: Settings, config: dict[str, Any], choice: Choice, placement: 
             rewind(output / name, finished_steps)
         (output / "metrics.jsonl").touch()
     distributed.barrier()
-    move_output(output)
+    rank_log.move(output)
 
     with ExitStack() as closing:
         loggers = _loggers(settings, config, output, data, fresh=checkpoint is None)

@@ -17,11 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from zephyr import distributed
+from zephyr import distributed, rank_log
 from zephyr.errors import Stopped, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_log: Path | None = None  # where the launcher has this process write before there is an output_dir
 
 
 @dataclass(frozen=True)
@@ -47,20 +46,18 @@ def outcome_file(frozen: Path, rank: int) -> Path:
 
 
 def log_file(frozen: Path, rank: int) -> Path:
-    """Where a rank other than 0 writes until `move_output`."""
+    """Where a rank other than 0 writes until `rank_log.move`."""
     return frozen.with_name(f"rank-{rank}.log")
 
 
 def serve(body: Callable[[dict[str, Any]], float | None], frozen: Path) -> None:
     """Run `body` on the frozen configuration and leave its outcome beside it. Returns only if it returned."""
-    global _log
     for signum in SIGNALS:
         signal.signal(signum, _exit)  # until the run has its own: importing it takes seconds
     _follow_parent(frozen)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a killed process flushes nothing
-    if (log := log_file(frozen, distributed.rank())).exists():
-        _log = log
+    rank_log.begin(log_file(frozen, distributed.rank()))
     try:
         outcome = Outcome("done", time.time(), metric=body(json.loads(frozen.read_text())))
     except BaseException as error:
@@ -75,28 +72,6 @@ def serve(body: Callable[[dict[str, Any]], float | None], frozen: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(outcome.status)  # an orderly end could wait for processes and threads that are stuck
-
-
-def move_output(output_dir: Path) -> None:
-    """Let a rank other than 0 write to output_dir/ranks/rank-N.log from now on. What it wrote before goes along."""
-    global _log
-    if distributed.rank() == 0:
-        return
-    path = output_dir / "ranks" / f"rank-{distributed.rank()}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with path.open("ab") as file:
-        if file.tell() > 0:  # a resumed run
-            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n".encode())
-        if _log is not None:
-            file.write(_log.read_bytes())
-            file.flush()
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if _log is not None:
-        _log.unlink()  # by which the launcher knows
-        _log = None
 
 
 def _judge(error: BaseException) -> Outcome:

@@ -21,8 +21,8 @@ from typing import IO, Any
 from zephyr.chat import find_model
 from zephyr.errors import UserError
 from zephyr.feedback.local import fingerprint
-from zephyr.feedback.pool import Answering, Endpoint, Limits, Model
-from zephyr.feedback.server import Server
+from zephyr.feedback.pool import Answering, Limits, Model
+from zephyr.feedback.server import Endpoint, Server
 
 _LOAD_SECONDS = 1800.0  # for large weights from a slow disk, and for its compilation
 _END_SECONDS = 20.0

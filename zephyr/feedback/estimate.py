@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from zephyr.feedback.collect import Collector
 from zephyr.feedback.judge import CRITIQUE
 from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.pool import Model, Source
 from zephyr.feedback.prompts import Prompt
 from zephyr.feedback.record import Made, usable
 from zephyr.feedback.request import Failure, Reply, Request
-from zephyr.feedback.run import Collector
 from zephyr.feedback.settings import Feedback
 
 _BYTES = 4  # of a token, in English

@@ -1,13 +1,9 @@
 """Which models there are, what answers for them and what they cost; how fast and how much may be asked."""
 
 import hashlib
-import os
-import re
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
-from zephyr.errors import UserError
 from zephyr.feedback.request import Request
 from zephyr.settings import Count, Decay, Positive
 
@@ -62,58 +58,6 @@ class Source(Protocol):
 
     def open(self, limits: "Limits", secrets: set[str]) -> Answering:
         """Raises UserError where it cannot be used. `secrets` are added to, and taken out of whatever is said."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI-compatible server."""
-
-    base_url: str  # https://host/v1
-    api_key_env: str | None = None  # the environment variable that holds the key; None for a server without keys
-    concurrency: int = 64  # requests in flight
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None  # of prompts and completions
-    identity = ""  # a model may have several servers
-
-    def open(self, limits: "Limits", secrets: set[str]) -> Answering:
-        """A client of it."""
-        from zephyr.feedback.server import Server
-
-        return Server(self, limits, secrets)
-
-    def check(self) -> None:
-        """Raises UserError where the address is not one, or would carry a secret into files, or nothing may be sent."""
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise UserError(f"base_url={self.base_url!r} is no address. Write it as http://host:port/v1.")
-        if url.username or url.password or url.query or url.fragment:
-            raise UserError(
-                f"the base_url of {url.hostname} carries a user name, a password or a query. Give the address alone, "
-                "and put the key into an environment variable named by api_key_env."
-            )
-        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):
-            raise UserError(
-                f"api_key_env of {self.base_url} is not the name of an environment variable. It must name the "
-                "variable that holds the key (api_key_env: OPENAI_API_KEY), never be the key."
-            )
-
-        if self.concurrency < 1:
-            raise UserError(f"{self.base_url} has concurrency={self.concurrency}. It must be at least 1.")
-        for name in ("requests_per_minute", "tokens_per_minute"):
-            rate = getattr(self, name)
-            if rate is not None and rate <= 0:
-                raise UserError(f"{self.base_url} has {name}={rate}. It must be above 0, or null for no bound.")
-
-    def key(self) -> str | None:
-        """The API key. Raises UserError where the variable is not set or holds no key; its value is not shown."""
-        if self.api_key_env is None:
-            return None
-        value = os.environ.get(self.api_key_env, "").strip()
-        if not value:
-            raise UserError(f"{self.base_url} needs a key: set the environment variable {self.api_key_env}.")
-        if not re.fullmatch(r"[!-~]+", value):
-            raise UserError(f"{self.api_key_env} holds blanks or characters that no key has. Set it again.")
-        return value
 
 
 @dataclass(frozen=True)

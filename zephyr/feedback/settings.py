@@ -10,8 +10,9 @@ import yaml
 from zephyr.errors import UserError, reason
 from zephyr.feedback.engine import Engine
 from zephyr.feedback.local import Local
-from zephyr.feedback.pool import Endpoint, Limits, Model, Price, Source
+from zephyr.feedback.pool import Limits, Model, Price, Source
 from zephyr.feedback.replay import Replay, recordings
+from zephyr.feedback.server import Endpoint
 from zephyr.redact import redact
 from zephyr.settings import Count, Decay, Must, Portion, Positive, Seed, Text, Wandb, build, nearest
 
