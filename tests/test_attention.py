@@ -34,7 +34,7 @@ def dense(query, key, value, batch, window):
 @pytest.mark.parametrize("block", [1, 2, 4, 128])
 def test_equals_a_dense_mask_in_value_and_gradient(window, kv_heads, block, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "_block", block)
     plan = Plan(BATCH.segments, len(BATCH.ids), torch.device("cpu"))
     assert len(plan.blocks(window, torch.float64)[1]) == {1: 26, 2: 13, 4: 7, 128: 4}[block]
     length = len(BATCH.ids)
@@ -52,7 +52,7 @@ def test_equals_a_dense_mask_in_value_and_gradient(window, kv_heads, block, monk
 
 def test_no_key_is_asked_that_no_query_of_its_block_sees(monkeypatch):
     """A sequence of 8 tokens, 2 queries a block: keys 1-2, 1-4, ... 1-8; with a window of 3 from the first query on."""
-    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(attention, "_block", 2)
     plan = Plan([Segment(0, 8, 0, 0)], 8, torch.device("cpu"))
     cuts, blocks = plan.blocks(None, torch.float32)
     assert [sum(cuts[i] for i in block.pieces) for block in blocks] == [2, 4, 6, 8]

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from zephyr.data.batch import Batch
 from zephyr.dpo import DPO
 from zephyr.models.adapters import add_reference, attach, in_four_bits
+from zephyr.models.attention import undivided
 from zephyr.models.policy import Placement, prepare, skeleton
 from zephyr.models.reference import AdapterOff, Copy, Precomputed, Reference
 from zephyr.models.sharding import shard
@@ -96,7 +97,7 @@ def _moments(run: Run, layers: int) -> dict[Hashable, Peak]:
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    with warnings.catch_warnings(), _pretended(run.mesh) as mesh:
+    with warnings.catch_warnings(), undivided(), _pretended(run.mesh) as mesh:
         warnings.simplefilter("ignore")
         placement = Placement(torch.device("cpu"), run.settings.trainer.precision, mesh)
         ledger, fake = _Ledger(config.vocab_size), FakeTensorMode()

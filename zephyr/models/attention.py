@@ -10,7 +10,9 @@ Letters: T tokens of the row, R rows that ask, H heads of queries, K heads of ke
 
 import inspect
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,8 +25,19 @@ from transformers import AttentionInterface
 from zephyr.data.batch import Segment
 
 SEGMENTS = "segments"
-BLOCK = 128  # queries, about; of 64 to 256 the fastest on a CPU at heads of 32 and of 64
+_block: float = 128  # queries, about; of 64 to 256 the fastest on a CPU at heads of 32 and of 64
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Segments are asked whole, as a GPU's kernels do, while one is simulated."""
+    global _block
+    before, _block = _block, math.inf
+    try:
+        yield
+    finally:
+        _block = before
 
 
 class Gather(NamedTuple):
@@ -70,7 +83,7 @@ class Plan:
         for start, end, prefix_start, prefix_end in self.segments:
             prefix, parts = prefix_end - prefix_start, 1
             if self.device.type == "cpu":
-                parts = max(1, round((end - start) / BLOCK))
+                parts = max(1, round((end - start) / _block))
             edges = [start + (end - start) * i // parts for i in range(parts + 1)]
             for first, last in pairwise(edges):
                 unseen = 0 if window is None else max(0, prefix + first - start - window + 1)
