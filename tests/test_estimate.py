@@ -35,6 +35,7 @@ from zephyr import distributed
 from zephyr.assemble import Start, build_task
 from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.estimate import State, counts, state
+from zephyr.models.attention import undivided
 from zephyr.models.policy import Placement, check_policy
 from zephyr.placement import choose, placed
 from zephyr.settings import Settings, parse
@@ -163,10 +164,10 @@ def measured(names: list[str], model: str, tokens: int) -> dict[str, float]:
 
 
 def train(case: Case, model: str, tokens: int, *callbacks: Callback) -> None:
-    """A few steps of a task assembled as a run assembles it."""
+    """A few steps of a task assembled as a run assembles it; attention as on a GPU, which is what is predicted."""
     settings = settings_of(case, model)
     choice = choose(settings.trainer, lambda: 0.0)
-    with placed(choice, settings) as placement, tempfile.TemporaryDirectory() as folder:
+    with undivided(), placed(choice, settings) as placement, tempfile.TemporaryDirectory() as folder:
         start = Start("base", model, None, check_policy(model, None), "")
         data: Any = SimpleNamespace(train=SimpleNamespace(lengths=[0] * 100), total_steps=4)
         task = build_task(settings, start, data, placement, choice)
