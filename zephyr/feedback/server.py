@@ -249,6 +249,11 @@ class _Client(openai.AsyncOpenAI):
             return super()._build_request(options, retries_taken=retries_taken)
         return httpx2.Request("POST", self._chat[0], headers=options.headers, content=options.content)
 
+    async def _send_request(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
+        response = await self._client._transport.handle_async_request(request)  # no cookies, redirects or auth to mind
+        response.request = request
+        return response
+
 
 class _Transport(httpx2.AsyncBaseTransport):
     """aiohttp beneath the openai client: it parses in C, which is half of a request's time.
