@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -54,8 +55,9 @@ def outlived(act: Callable[[], int]) -> int:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(OSError):  # whoever read them may have gone, and nothing may go on behind this
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
     os.close(lives)
     for signum in (signal.SIGINT, signal.SIGTERM):

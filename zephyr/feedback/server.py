@@ -63,7 +63,7 @@ class Endpoint:
     tokens_per_minute: float | None = None  # of prompts and completions
     identity = ""  # a model may have several servers
 
-    def open(self, limits: "Limits", secrets: set[str]) -> Answering:
+    def open(self, limits: Limits, secrets: set[str]) -> Answering:
         """A client of it."""
         return Server(self, limits, secrets)
 
