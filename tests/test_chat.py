@@ -42,7 +42,8 @@ def test_a_piped_text_is_one_prompt(run: Path, monkeypatch: pytest.MonkeyPatch, 
     prompts: list[str] = []
     monkeypatch.setattr("sys.stdin", io.StringIO("Is it\nreally so?\n"))
     monkeypatch.setattr(
-        "zephyr.generate.stream", lambda _, __, chat, *___: prompts.append(chat[-1]["content"]) or iter(["y"])
+        "zephyr.generation.generate.stream",
+        lambda _, __, chat, *___: prompts.append(chat[-1]["content"]) or iter(["y"]),
     )
     assert chat.main([str(run), "--device", "cpu"]) == 0
     assert prompts == ["Is it\nreally so?"]

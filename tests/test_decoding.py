@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from tests import tiny
-from zephyr import decoding
-from zephyr.decoding import decode
-from zephyr.sampling import Choice, Sampling
+from zephyr.generation import decoding
+from zephyr.generation.decoding import decode
+from zephyr.generation.sampling import Choice, Sampling
 
 SMALL = {
     "vocab_size": 258,

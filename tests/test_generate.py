@@ -5,8 +5,8 @@ import torch
 from transformers import GenerationConfig
 
 from tests import tiny
-from zephyr import generate as module
-from zephyr.generate import generate, stream
+from zephyr.generation import generate as module
+from zephyr.generation.generate import generate, stream
 from zephyr.models.attention import SEGMENTS
 
 CHATS = [

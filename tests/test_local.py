@@ -12,7 +12,6 @@ import torch
 
 from tests import tiny
 from tests.test_generate import ends_after, sharp
-from zephyr import generate as generation
 from zephyr.errors import UserError
 from zephyr.feedback import local
 from zephyr.feedback.client import Client
@@ -20,6 +19,7 @@ from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.local import Local
 from zephyr.feedback.pool import Limits, Model
 from zephyr.feedback.request import Failure, Reply, Request
+from zephyr.generation import generate as generation
 
 SAMPLED = {"temperature": 1.0, "max_tokens": 12}
 

@@ -20,10 +20,10 @@ from tests import tiny
 from tests.commands import command, metrics, weights, world
 from tests.test_generate import ends_after
 from tests.test_observe import Toy, fit
-from zephyr import generate
 from zephyr import run as module
 from zephyr.data.sources import question
 from zephyr.errors import UserError
+from zephyr.generation import generate
 from zephyr.models.attention import SEGMENTS
 from zephyr.models.reference import Copy
 from zephyr.observe import samples

@@ -5,8 +5,8 @@ import torch
 
 from tests import tiny
 from tests.test_generate import CHATS, ends_after, sharp
-from zephyr.generate import respond
-from zephyr.sampling import Choice, Sampling
+from zephyr.generation.generate import respond
+from zephyr.generation.sampling import Choice, Sampling
 
 CPU = torch.device("cpu")
 GRID = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # a thousand draws, spread evenly over [0, 1)

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check_template(tokenizer, system)
 
         def answer(conversation: "list[Message]") -> Iterator[str]:
-            from zephyr.generate import stream
+            from zephyr.generation.generate import stream
 
             return stream(model, tokenizer, conversation, args.max_new_tokens, args.temperature, args.top_p)
 

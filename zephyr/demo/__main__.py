@@ -70,7 +70,7 @@ def answer(folder: Path, instructions: list[str]) -> list[tuple[str, int]]:
     from transformers.utils.logging import disable_progress_bar
 
     from zephyr.data.render import load_tokenizer
-    from zephyr.generate import generate
+    from zephyr.generation.generate import generate
 
     disable_progress_bar()
     tokenizer = load_tokenizer(str(folder / "model"))

@@ -26,7 +26,7 @@ from zephyr.feedback.pool import Answering, Limits, Model
 from zephyr.feedback.server import Refused
 
 if TYPE_CHECKING:
-    from zephyr.sampling import Sampling
+    from zephyr.generation.sampling import Sampling
 
 _GATHER_SECONDS = 0.02  # without another request, after which writing begins: those of a prompt come together
 _UNBOUNDED = 4096  # tokens of a completion that has no limit, as Request has it
@@ -125,7 +125,7 @@ class LocalServer:
         with _loading:
             import torch
 
-            from zephyr.generate import respond
+            from zephyr.generation.generate import respond
 
             self._loaded = self._loaded or load(self.folder)
         model, tokenizer = self._loaded
@@ -186,7 +186,7 @@ class LocalServer:
 
     def _prepared(self, job: _Job) -> "tuple[list[int], Sampling]":
         """The prompt's tokens, and how to write behind them. Raises Refused."""
-        from zephyr.sampling import Sampling
+        from zephyr.generation.sampling import Sampling
 
         assert self._loaded is not None
         model, tokenizer = self._loaded

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zephyr.data.batch import Batch, Conversation, pack_conversations
 from zephyr.data.render import Message
-from zephyr.generate import Answer, answer, evaluating
+from zephyr.generation.generate import Answer, answer, evaluating
 from zephyr.models.logps import sequence_sums, token_logps
 from zephyr.observe.throughput import Throughput
 from zephyr.randomness import random_state, set_random_state

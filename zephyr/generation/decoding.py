@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from zephyr.sampling import Choice, Sampling
+from zephyr.generation.sampling import Choice, Sampling
 
 ROOM = 64  # columns
 EVERY = 8  # steps between two looks at the tokens on a GPU, which has to be waited for then

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zephyr.data.render import Message
-from zephyr.decoding import decode
-from zephyr.sampling import Sampling
+from zephyr.generation.decoding import decode
+from zephyr.generation.sampling import Sampling
 
 ROWS = 32  # conversations answered at once
 
