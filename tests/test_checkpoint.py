@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from zephyr.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
+from zephyr.checkpoints.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
+from zephyr.checkpoints.shards import fault
 from zephyr.errors import UserError
-from zephyr.shards import fault
 
 STEPS, VALIDATE_EVERY = 12, 4
 NUMBERS = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int16, torch.int8)
@@ -313,7 +313,9 @@ def test_what_was_verified_is_read_again_only_if_someone_wrote_to_it(
 ) -> None:
     step = small(tmp_path)
     read = []
-    monkeypatch.setattr("zephyr.checkpoint.fault", lambda file, facts: read.append(file.name) or fault(file, facts))
+    monkeypatch.setattr(
+        "zephyr.checkpoints.checkpoint.fault", lambda file, facts: read.append(file.name) or fault(file, facts)
+    )
     verify(step)
     verify(step)
     FolderCheckpointIO().load_checkpoint(step)
@@ -449,7 +451,7 @@ def test_disk_that_does_fill_up_leaves_no_trace(
         file.write_bytes(bytes(100))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("zephyr.checkpoint.write", full)
+    monkeypatch.setattr("zephyr.checkpoints.checkpoint.write", full)
     result = train(tmp_path, every=5)
     assert names(tmp_path) == []
     assert "No space left on device" in caplog.text

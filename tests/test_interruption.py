@@ -12,8 +12,8 @@ import lightning as L
 import pytest
 
 from tests.test_checkpoint import CLAIM, Copy, Lines, Result, assert_same, names, quiet, train, whole
-from zephyr.checkpoint import Checkpoints, newest
-from zephyr.interruption import StopOnSignal, Stopped, stoppable
+from zephyr.checkpoints.checkpoint import Checkpoints, newest
+from zephyr.checkpoints.interruption import StopOnSignal, Stopped, stoppable
 
 __all__ = ["quiet", "whole"]  # fixtures
 

@@ -15,12 +15,12 @@ from tests.ranks import spawn
 from tests.test_parity import ADAMW
 from tests.test_task import conversations
 from zephyr import distributed, optimizer
-from zephyr.checkpoint import FolderCheckpointIO
+from zephyr.checkpoints.checkpoint import FolderCheckpointIO
+from zephyr.checkpoints.shards import change
 from zephyr.data.batch import pack_conversations
 from zephyr.models.attention import SEGMENTS
 from zephyr.optimizer import LeanAdamW, build
 from zephyr.sft import SFT
-from zephyr.shards import change
 from zephyr.strategy import _of
 
 BF16 = torch.bfloat16

@@ -28,10 +28,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.data import DataLoader, Sampler
 
 from tests import ranks
-from zephyr import checkpoint, distributed
-from zephyr.checkpoint import Checkpoints, FolderCheckpointIO, newest
+from zephyr import distributed
+from zephyr.checkpoints import checkpoint
+from zephyr.checkpoints.checkpoint import Checkpoints, FolderCheckpointIO, newest
+from zephyr.checkpoints.shards import Stored, join
 from zephyr.errors import UserError
-from zephyr.shards import Stored, join
 from zephyr.strategy import Ranks
 
 STEPS, HALF = 6, 3
@@ -402,7 +403,7 @@ def broken(folder: Path, error: Exception) -> dict[str, Any]:
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(f"{record.levelname} {record.getMessage()}")
-    logging.getLogger("zephyr.checkpoint").addHandler(handler)
+    logging.getLogger("zephyr.checkpoints.checkpoint").addHandler(handler)
     if distributed.rank() == 1:
 
         def write(tensors: State, file: Path) -> None:

@@ -163,7 +163,7 @@ def _finished(checkpoint: Path) -> Path:
 
 
 def _with_weights(model: Any, checkpoint: Path) -> Any:
-    from zephyr.checkpoint import FolderCheckpointIO
+    from zephyr.checkpoints.checkpoint import FolderCheckpointIO
 
     stored = FolderCheckpointIO().open(checkpoint)["state_dict"]
     for name, weight in model.state_dict().items():

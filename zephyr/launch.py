@@ -99,7 +99,7 @@ def launch(config: dict[str, Any], processes: int, command: Sequence[str] = WORK
     """Run one job of `processes` ranks on this node and return the metric of rank 0, None on another node.
 
     `config` is the resolved configuration, `command` what each rank runs, with a file of it as the last argument. A
-    job of one process has no process group. Raises UserError for the user's mistake, zephyr.interruption.Stopped
+    job of one process has no process group. Raises UserError for the user's mistake, Stopped
     after SIGINT or SIGTERM, which the ranks get too, and JobFailed.
     """
     with (

@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from zephyr import demo, distributed, early, estimate, rank_log, record
 from zephyr.assemble import Start, build_task, check_objective, gathered
-from zephyr.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
+from zephyr.checkpoints.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
+from zephyr.checkpoints.interruption import StopOnSignal, stoppable
 from zephyr.console import speak
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import Message, load_tokenizer
 from zephyr.errors import UserError
 from zephyr.export import export
-from zephyr.interruption import StopOnSignal, stoppable
 from zephyr.models.lineage import check_lineage, lineage
 from zephyr.models.policy import Placement, check_policy, weights_fingerprint
 from zephyr.models.reference import AdapterOff, Copy
@@ -48,7 +48,7 @@ def run(settings: Settings, config: dict[str, Any]) -> float | None:
     Every process of the run calls this; the launcher has set the usual variables if there are several. `config` is the
     resolved configuration, for the record. Returns held-out preference accuracy (dpo) or loss in nats a token (sft),
     None without validation. Raises UserError for the user's mistakes, before weights are loaded, and
-    zephyr.interruption.Stopped after a signal, with a checkpoint saved if training had begun.
+    Stopped after a signal, with a checkpoint saved if training had begun.
     """
     speak()
     with stoppable():

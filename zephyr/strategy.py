@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from zephyr import distributed
-from zephyr.checkpoint import FolderCheckpointIO
+from zephyr.checkpoints.checkpoint import FolderCheckpointIO
+from zephyr.checkpoints.shards import Stored, change
 from zephyr.errors import UserError
-from zephyr.shards import Stored, change
 
 
 class Ranks(DDPStrategy):

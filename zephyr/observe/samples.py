@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from zephyr.checkpoints.randomness import random_state, set_random_state
 from zephyr.data.batch import Batch, Conversation, pack_conversations
 from zephyr.data.render import Message
 from zephyr.generation.generate import Answer, answer, evaluating
 from zephyr.models.logps import sequence_sums, token_logps
 from zephyr.observe.throughput import Throughput
-from zephyr.randomness import random_state, set_random_state
 
 Scorer = Callable[[list[Message], str], float | None]  # (conversation, answer) -> what it is worth; None: no telling
 NGRAM = 4

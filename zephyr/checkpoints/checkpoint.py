@@ -2,7 +2,7 @@
 
     checkpoints/step-00000500/
         state.pt                  all that Lightning hands over but big tensors; read with weights_only=True
-        shard-00000.safetensors   weights and optimizer state: what this process wrote of them (zephyr.shards)
+        shard-00000.safetensors   weights and optimizer state: what this process wrote of them (shards.py)
         MANIFEST.json             size and BLAKE2b digest of every file, step, versions, and a seal over itself
 
 Any number of processes reads what any other number wrote, sharded or not. A folder is written as `.tmp-*` beside its
@@ -33,9 +33,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from zephyr import __version__, distributed
+from zephyr.checkpoints.randomness import random_state, set_random_state
+from zephyr.checkpoints.shards import Stored, change, fault, join, put, split, write
 from zephyr.errors import UserError
-from zephyr.randomness import random_state, set_random_state
-from zephyr.shards import Stored, change, fault, join, put, split, write
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class FolderCheckpointIO(CheckpointIO):
         return checkpoint | whole
 
     def open(self, path: str | os.PathLike[str]) -> dict[str, Any]:
-        """The checkpoint with a zephyr.shards.Stored for each big tensor. All processes call this; rank 0 verifies."""
+        """The checkpoint with a Stored for each big tensor. All processes call this; rank 0 verifies."""
         folder = Path(path)
         distributed.from_first(lambda: verify(folder))
         manifest, _ = _manifest(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from zephyr.checkpoint import Checkpoints
+from zephyr.checkpoints.checkpoint import Checkpoints
 from zephyr.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
