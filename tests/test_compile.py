@@ -11,13 +11,13 @@ from torch.testing import assert_close
 
 from tests import tiny
 from tests.test_parity import dpo_task, one_step, perturbed, random_pairs
-from zephyr import optimizer
 from zephyr.data.batch import IDLE, pack_pairs
 from zephyr.models import decoder
 from zephyr.models.adapters import attach
 from zephyr.models.attention import SEGMENTS
 from zephyr.models.policy import Placement, load_policy
 from zephyr.models.reference import AdapterOff
+from zephyr.training import optimizer
 
 
 @contextmanager

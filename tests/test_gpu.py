@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from tests import tiny
 from tests.commands import metrics, train, world
 from zephyr.models.float8 import check_float8, use_float8
-from zephyr.optimizer import LeanAdamW
+from zephyr.training.optimizer import LeanAdamW
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,14 +14,15 @@ from tests import tiny
 from tests.ranks import spawn
 from tests.test_parity import ADAMW
 from tests.test_task import conversations
-from zephyr import distributed, optimizer
+from zephyr import distributed
 from zephyr.checkpoints.checkpoint import FolderCheckpointIO
 from zephyr.checkpoints.shards import change
 from zephyr.data.batch import pack_conversations
 from zephyr.models.attention import SEGMENTS
-from zephyr.optimizer import LeanAdamW, build
 from zephyr.sft import SFT
 from zephyr.strategy import _of
+from zephyr.training import optimizer
+from zephyr.training.optimizer import LeanAdamW, build
 
 BF16 = torch.bfloat16
 COMMON = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from zephyr.schedule import schedule
+from zephyr.training.schedule import schedule
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup"])

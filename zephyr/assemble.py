@@ -17,7 +17,7 @@ from zephyr.objectives import REFERENCE_FREE, check
 from zephyr.placement import Choice
 from zephyr.settings import Settings
 from zephyr.sft import SFT
-from zephyr.task import Task
+from zephyr.training.task import Task
 
 _log = logging.getLogger("zephyr")
 _ROOM = 0.8  # of a device's memory, for what stays there from step to step when a copied reference is added

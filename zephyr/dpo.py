@@ -15,7 +15,7 @@ from zephyr.models.reference import AdapterOff, Precomputed, Reference
 from zephyr.objectives import REFERENCE_FREE, STEPWISE, Logps, preference_loss, rewards, wpo_weights
 from zephyr.settings import Objective
 from zephyr.settings import Reference as ReferenceSettings
-from zephyr.task import Sums, Task
+from zephyr.training.task import Sums, Task
 
 
 class DPO(Task):

@@ -37,7 +37,7 @@ from zephyr.placement import Choice, choose, placed
 from zephyr.redact import redact
 from zephyr.settings import Settings
 from zephyr.strategy import Ranks
-from zephyr.task import Task
+from zephyr.training.task import Task
 
 _log = logging.getLogger("zephyr")
 

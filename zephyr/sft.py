@@ -4,7 +4,7 @@ from torch import Tensor
 
 from zephyr.data.batch import Batch
 from zephyr.models.logps import token_logps
-from zephyr.task import Sums, Task
+from zephyr.training.task import Sums, Task
 
 
 class SFT(Task):

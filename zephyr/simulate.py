@@ -36,7 +36,7 @@ from zephyr.models.sharding import shard
 from zephyr.objectives import REFERENCE_FREE
 from zephyr.settings import Model, Settings
 from zephyr.sft import SFT
-from zephyr.task import Task
+from zephyr.training.task import Task
 
 _FEW = 4  # layers that tell how a step grows with their number: the first two, the last two
 _BLOCK = 64  # 4-bit weights that share a scale

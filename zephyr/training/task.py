@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from zephyr.data.batch import Batch
 from zephyr.errors import UserError
-from zephyr.optimizer import build
-from zephyr.schedule import schedule
 from zephyr.settings import Optimizer as OptimizerSettings
+from zephyr.training.optimizer import build
+from zephyr.training.schedule import schedule
 
 Sums = dict[str, Tensor]  # name -> a value summed over units; "loss" is what is minimised
 
