@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import as_dict, explain
 from zephyr import distributed, early
-from zephyr.errors import Stopped, UserError
+from zephyr.errors import Stopped, UserError, check_writable
 from zephyr.launch import JobFailed, launch
 from zephyr.settings import Settings, parse
 from zephyr.sweep import Direction, Sweep, direction
@@ -121,6 +121,8 @@ def plan() -> Sweep | None:
         if any(job_settings.resume not in (None, "auto") for job_settings in settings):
             raise UserError("resume=CHECKPOINT is for a single run. The jobs of a sweep go on by themselves.")
         sweep = Sweep(Path(cfg.hydra.sweep.dir), frozenset(keys))
+        if not cfg.dry_run:
+            check_writable(sweep.folder, "hydra.sweep.dir")
     # as a job reckons it, it would depend on what varies
     sys.argv.append(f"hydra.sweep.dir={QuotedString(str(sweep.folder), Quote.single).with_quotes()}")
     if "direction" in sweeper:

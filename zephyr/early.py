@@ -2,14 +2,13 @@
 second, not in ten."""
 
 import logging
-import os
 import re
 from importlib.metadata import version
 from pathlib import Path
 
 from zephyr import demo
 from zephyr.data import sources
-from zephyr.errors import UserError
+from zephyr.errors import UserError, check_writable
 from zephyr.gpus import chosen
 from zephyr.settings import Settings
 
@@ -31,7 +30,7 @@ def check(settings: Settings) -> None:
         return
     _check_resume(settings.resume)
     output = Path(settings.output_dir)
-    _check_writable(output)
+    check_writable(output, "output_dir")
     start, _ = starting_point(settings)
     _check_model(start)
     if not start.startswith("demo:"):
@@ -99,12 +98,6 @@ def check_apart(output: Path, start: str) -> None:
     """Raise UserError where a new run would move the model that it starts from aside."""
     if Path(start).resolve().is_relative_to(output.resolve()):
         raise UserError(f"The model to start from, {start}, lies in output_dir={output}. Choose another output_dir.")
-
-
-def _check_writable(output: Path) -> None:
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"Cannot write to output_dir={output}: {existing} is not a folder that you may write to.")
 
 
 def _check_resume(resume: str | None) -> None:

@@ -1,6 +1,8 @@
 """The one exception a user is meant to read, and what other libraries' exceptions come down to."""
 
+import os
 import signal
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -15,6 +17,23 @@ def reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(lines[: 1 + lines[0].endswith(":")]).rstrip(",;:")
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise UserError where a folder, which need not be there yet, cannot be written to. `key` is what named it.
+
+    Only an attempt tells: what the permissions say does not hold for root, nor for file systems that refuse of their
+    own accord. Nothing is left behind.
+    """
+    existing = folder
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        trial = existing / f".{os.urandom(8).hex()}.tmp"
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        why = f"{existing} is not a folder that you may write to ({error.strerror})"
+        raise UserError(f"Cannot write to {key}={folder}: {why}. Give another.") from error
 
 
 class Stopped(BaseException):

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from zephyr.command import interruptible, outlived, status
-from zephyr.errors import UserError
+from zephyr.errors import UserError, check_writable
 from zephyr.evaluation.files import write_json
 from zephyr.evaluation.settings import Evaluation, parse
 from zephyr.feedback.client import Client
@@ -57,6 +57,7 @@ def run(settings: Evaluation, config: dict[str, Any]) -> int:
     for module in modules.values():
         module.check(settings)
     output = Path(settings.output).expanduser()
+    check_writable(output, "output")
     for name in modules:
         _refuse_another(output / name / "results.json", settings.name)
     output.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from zephyr.data import pool, sources
 from zephyr.data.messages import BadRow, Row
 from zephyr.data.sources import Chunk
 from zephyr.data.truecase.casing import Table, learn, merge
-from zephyr.errors import UserError
+from zephyr.errors import UserError, check_writable
 from zephyr.prepare.folder import durable
 from zephyr.prepare.settings import Casing
 from zephyr.settings import build
@@ -25,6 +25,7 @@ def run(config: dict[str, Any]) -> Path:
         raise UserError(f"output: {output} is there already. Remove it, or give another file.")
     if not output.parent.is_dir():
         raise UserError(f"output: there is no folder {output.parent}.")
+    check_writable(output, "output")
     pieces = (
         chunk for path in sources.files(settings.input, "input") for chunk in sources.file_chunks(path, _ROWS, _BYTES)
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zephyr.errors import UserError
+from zephyr.errors import UserError, check_writable
 from zephyr.settings import parse as parse_run
 from zephyr.study import judging
 from zephyr.study.plan import Run, chats, plan, wanted
@@ -33,6 +33,7 @@ def run(config: dict[str, Any], compose: Compose) -> int:
         print(*(shlex.join(["python", "train.py", *each.overrides]) for each in runs), sep="\n")
         return 0
     output = Path(settings.output)
+    check_writable(output, "output")
     write_chosen(chats(output), dpo["data"], settings.seeds[0])
     failed = make(runs, compose)
     marks, unjudged = _judge([each for each in runs if each.name not in failed], settings)
