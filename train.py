@@ -64,7 +64,7 @@ def start(config: dict[str, Any], apart: bool = False) -> float | None:
     settings = parse(config)
     early.check(settings)
     if settings.dry_run:
-        from zephyr.dry_run import report
+        from zephyr.planning.dry_run import report
 
         print(report(settings))
         return None

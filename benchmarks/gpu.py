@@ -31,8 +31,8 @@ from benchmarks import loops, machine, shapes
 from benchmarks.loops import Job, Record
 from benchmarks.turns import Finished, peak_mib
 from zephyr.data.batch import Batch, Pair
-from zephyr.observe.throughput import ModelSize, model_size, needed_flops
-from zephyr.observe.throughput import load as load_of
+from zephyr.planning.flops import ModelSize, model_size, needed_flops
+from zephyr.planning.flops import load as load_of
 
 SHAPES = {"7b": shapes.MISTRAL_7B, "tiny": shapes.TINY}
 PAIRS, ROWS, ROW = 8, 4, 2048  # pairs of a DPO step; rows of an SFT step, and tokens of each
@@ -41,7 +41,7 @@ PROTOCOL = (
     "shape, random tokens; DPO steps of 8 pairs of UltraFeedback-like lengths, SFT steps of 4 rows of 2,048 tokens. "
     "Times are wall time between ends of steps with the device synchronised, after warm-up steps that are not counted; "
     "the median step counts. Tokens are real ones, a prompt counted with each completion; packed tokens count it once. "
-    "MFU: the operations that a step's mathematics needs (zephyr.observe.throughput: prompts once, no padding, no "
+    "MFU: the operations that a step's mathematics needs (zephyr.planning.flops: prompts once, no padding, no "
     "recomputation, attention counted causally) a second, over the device's data sheet (989 TFLOP/s for H100 and "
     "H200); of_product: the same over the rate of a large bf16 product measured first."
 )

@@ -6,10 +6,10 @@ from itertools import pairwise
 import pytest
 
 from tests.test_conf import load
-from zephyr.dry_run import report
 from zephyr.errors import UserError
+from zephyr.planning.dry_run import report
+from zephyr.planning.simulate import Peak
 from zephyr.settings import parse
-from zephyr.simulate import Peak
 
 WEIGHTS = 7_241_732_096  # of Mistral-7B-v0.1, as its model card has it
 
@@ -21,7 +21,7 @@ def dry(*overrides: str) -> str:
 @pytest.fixture
 def no_simulation(monkeypatch):
     """Memory takes seconds to find out and is another test's; here are 1, 2, ... GiB of the seven parts."""
-    monkeypatch.setattr("zephyr.dry_run.peak", lambda run: Peak(*(i * 2.0**30 for i in range(1, 8))))
+    monkeypatch.setattr("zephyr.planning.dry_run.peak", lambda run: Peak(*(i * 2.0**30 for i in range(1, 8))))
 
 
 def gib(text: str, part: str) -> float:

@@ -26,7 +26,8 @@ from zephyr.observe.metrics import MetricsFile, read, rewind
 from zephyr.observe.plots import draw, smooth
 from zephyr.observe.progress import Progress
 from zephyr.observe.samples import Samples
-from zephyr.observe.throughput import ModelSize, Throughput, model_size, step_flops
+from zephyr.observe.throughput import Throughput
+from zephyr.planning.flops import ModelSize, model_size, step_flops
 from zephyr.redact import redact
 
 PROMPTS = [[{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Who are you?"}]]

@@ -29,12 +29,12 @@ from tests.test_estimate import base, batch_of
 from zephyr import distributed
 from zephyr.assemble import Start, build_task
 from zephyr.data.packing import deal
-from zephyr.dry_run import make_job
-from zephyr.gpus import GPU, GPUS, named
 from zephyr.models.policy import check_policy
-from zephyr.observe.throughput import Load, ModelSize, load
 from zephyr.placement import choose, placed
-from zephyr.scaling import (
+from zephyr.planning.dry_run import make_job
+from zephyr.planning.flops import Load, ModelSize, load
+from zephyr.planning.gpus import GPU, GPUS, named
+from zephyr.planning.scaling import (
     MEMORY,
     PAIRS,
     PRODUCTS,

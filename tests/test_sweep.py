@@ -267,8 +267,8 @@ CHOICE = types.SimpleNamespace(**json.loads(sys.argv.pop(1)))
 run = types.ModuleType("zephyr.run")
 run.chosen = lambda settings: CHOICE
 run.run = lambda settings, config: print("in this process", config["output_dir"])
-dry_run = types.ModuleType("zephyr.dry_run")
-sys.modules |= {"zephyr.run": run, "zephyr.dry_run": dry_run}
+dry_run = types.ModuleType("zephyr.planning.dry_run")
+sys.modules |= {"zephyr.run": run, "zephyr.planning.dry_run": dry_run}
 dry_run.report = lambda settings: f"takes {settings.objective.beta} hours"
 
 

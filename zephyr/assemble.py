@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from zephyr import distributed, estimate
+from zephyr import distributed
 from zephyr.data.modules import DataModule, MicroBatches, Pairs
 from zephyr.dpo import DPO
 from zephyr.errors import UserError
@@ -15,6 +15,7 @@ from zephyr.models.reference import AdapterOff, Copy, Precomputed, Reference, pr
 from zephyr.models.sharding import whole
 from zephyr.objectives import REFERENCE_FREE, check
 from zephyr.placement import Choice
+from zephyr.planning import estimate
 from zephyr.settings import Settings
 from zephyr.sft import SFT
 from zephyr.training.task import Task

@@ -9,7 +9,7 @@ from pathlib import Path
 from zephyr import demo
 from zephyr.data import sources
 from zephyr.errors import UserError, check_writable
-from zephyr.gpus import chosen
+from zephyr.planning.gpus import chosen
 from zephyr.settings import Settings
 
 _log = logging.getLogger("zephyr")

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from zephyr import demo, distributed, early, estimate, rank_log, record
+from zephyr import demo, distributed, early, rank_log, record
 from zephyr.assemble import Start, build_task, check_objective, gathered
 from zephyr.checkpoints.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
 from zephyr.checkpoints.interruption import StopOnSignal, stoppable
@@ -34,6 +34,7 @@ from zephyr.observe.progress import Progress
 from zephyr.observe.samples import Samples, Scorer
 from zephyr.observe.throughput import Throughput
 from zephyr.placement import Choice, choose, placed
+from zephyr.planning import estimate
 from zephyr.redact import redact
 from zephyr.settings import Settings
 from zephyr.strategy import Ranks

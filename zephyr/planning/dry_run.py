@@ -14,16 +14,16 @@ from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pac
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import load_tokenizer
 from zephyr.errors import UserError
-from zephyr.estimate import State, counts, state
-from zephyr.gpus import chosen
 from zephyr.models.lineage import lineage
 from zephyr.models.policy import Placement, read_config, skeleton
 from zephyr.objectives import REFERENCE_FREE, STEPWISE
-from zephyr.observe.throughput import model_size
-from zephyr.scaling import Estimate, Examples, FullRows, Job, TypicalPairs, estimate, ultrafeedback
+from zephyr.planning.estimate import State, counts, state
+from zephyr.planning.flops import model_size
+from zephyr.planning.gpus import chosen
+from zephyr.planning.scaling import Estimate, Examples, FullRows, Job, TypicalPairs, estimate, ultrafeedback
+from zephyr.planning.simulate import Run, peak
 from zephyr.settings import PreferenceData as PreferenceSettings
 from zephyr.settings import Settings
-from zephyr.simulate import Run, peak
 
 ROOM = 0.92  # of a GPU's memory that tensors can have: the rest is the context's and lost to fragments
 # The recipes' base models, so that their dry runs need no network.

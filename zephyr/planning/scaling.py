@@ -16,8 +16,8 @@ from typing import NamedTuple, Protocol
 from zephyr.data.batch import IDLE, Batch, Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.data.encode import shortened
 from zephyr.data.packing import deal
-from zephyr.gpus import GPU
-from zephyr.observe.throughput import Load, ModelSize, forward_flops, load, needed_flops
+from zephyr.planning.flops import Load, ModelSize, forward_flops, load, needed_flops
+from zephyr.planning.gpus import GPU
 
 # Shares of what the table of GPUs says that a training step gets; docs/scaling.md has the runs that they are from.
 PRODUCTS = 0.9  # of `product`, in the shapes of a layer
