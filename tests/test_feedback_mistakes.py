@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.collecting import EACH, SECRET, arguments, ask, prompts, report
 from tests.openai_server import Server
-from tests.test_feedback import EACH, SECRET, arguments, ask, prompts, report
 from zephyr import command as ends
+from zephyr.errors import UserError
 from zephyr.feedback import __main__ as command
 from zephyr.feedback import ledger as ledgers
 from zephyr.feedback import run as running
@@ -126,6 +127,7 @@ def test_what_must_be_given(missing: str, tmp_path: Path, capsys: pytest.Capture
 def test_prompts_that_ask_nothing(text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "prompts.jsonl").write_text(text)
     refused(capsys, arguments(NOWHERE, tmp_path), *words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_row_where_none_may_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -158,7 +160,10 @@ def test_another_process_writes_there(
     monkeypatch.setattr(ledgers, "_LOCK_SECONDS", 0.1)
     with Ledger(tmp_path / "out" / "ledger.sqlite"):
         refused(
-            capsys, arguments(NOWHERE, tmp_path), "is being written by another process. Wait for it, or name another"
+            capsys,
+            arguments(NOWHERE, tmp_path),
+            f"is being written by process {os.getpid()} on {os.uname().nodename}. Wait for it, or name another",
+            notes=1,
         )
 
 
@@ -173,8 +178,29 @@ def test_an_output_that_is_in_the_way(name: str, tmp_path: Path, capsys: pytest.
         refused(capsys, arguments(NOWHERE, tmp_path), "ledger.sqlite cannot be used as a ledger")
         return
     output = tmp_path / "file" if name == "a file" else tmp_path / "file" / "out"
-    refused(capsys, arguments(NOWHERE, tmp_path, f"output={output}"), f"output: {output} cannot be written")
+    refused(capsys, arguments(NOWHERE, tmp_path, f"output={output}"), f"Cannot write to output={output}: ")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "words"),
+    [
+        (errno.ENOSPC, None, "output: OUT cannot be written: No space left on device. Make room or give another"),
+        (errno.EDQUOT, "OUT/f", "output: OUT/f cannot be written: Disk quota exceeded. Make room or give another"),
+        (errno.EROFS, "OUT/f", "output: OUT/f cannot be written: Read-only file system. Make it writable or give"),
+        (errno.EIO, None, "output: OUT cannot be written: Input/output error. See whether the disk is sound or give"),
+        (errno.EACCES, "prompts.jsonl", "prompts.jsonl: Permission denied. Mend that, then run again: what has been"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_of_that_file(number: int, file: str | None, words: str):
+    with pytest.raises(UserError) as refusal, running._disk(Path("OUT")):
+        raise OSError(number, os.strerror(number), *([file] if file else []))
+    assert str(refusal.value).startswith(words) and str(refusal.value).endswith("what has been answered is kept.")
+
+
+def test_what_is_wrong_with_no_file_is_not_said_of_the_disk():
+    with pytest.raises(BrokenPipeError), running._disk(Path("OUT")):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

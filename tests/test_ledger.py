@@ -1,8 +1,11 @@
+import errno
+import os
 import random
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -91,7 +94,7 @@ def test_only_one_process_writes_and_others_may_read(tmp_path, monkeypatch):
     path = tmp_path / "l.sqlite"
     with Ledger(path) as ledger:
         put(ledger, (key(1), "m", REPLY))
-        with pytest.raises(UserError, match=r"l.sqlite is being written by another process"):
+        with pytest.raises(UserError, match=rf"l.sqlite is being written by process {os.getpid()} on "):
             Ledger(path)
         with Ledger(path, read_only=True) as reader:
             assert reader.get(key(1)) == REPLY
@@ -99,6 +102,32 @@ def test_only_one_process_writes_and_others_may_read(tmp_path, monkeypatch):
                 put(reader, (key(2), "m", REPLY))
     with Ledger(path, read_only=True) as reader:
         assert reader.totals()[0].number == 1
+
+
+def test_whose_ledger_is_waited_for_is_said_at_once(tmp_path, capsys):
+    path = tmp_path / "l.sqlite"
+    (tmp_path / "l.sqlite.lock").write_text("process 1 of long ago, on a machine with a long name")
+    first = Ledger(path)
+    waiting = threading.Thread(target=lambda: Ledger(path).close())
+    started = time.monotonic()
+    waiting.start()
+    while not (said := capsys.readouterr().err):
+        assert time.monotonic() - started < 10
+        time.sleep(0.01)
+    who = f"process {os.getpid()} on {os.uname().nodename}"
+    assert said == f"Note: {path} is being written by {who}, which gets 15 s to end.\n"
+    first.close()
+    waiting.join(10)
+    assert not waiting.is_alive() and capsys.readouterr().err == ""
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="l.sqlite cannot be locked: No locks available. Name an output"):
+        Ledger(tmp_path / "l.sqlite")
 
 
 def test_a_file_that_is_no_ledger_is_left_alone(tmp_path):

@@ -14,7 +14,7 @@ from zephyr.feedback.client import Client
 from zephyr.feedback.draw import Drawn
 from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.pool import Model
-from zephyr.feedback.replay import Replay, as_recorded, holding, recordings
+from zephyr.feedback.replay import Replay, as_recorded, held, holding, recordings, replayed
 from zephyr.feedback.request import Failure, Reply, Request
 from zephyr.feedback.server import Endpoint
 from zephyr.feedback.settings import parse
@@ -159,6 +159,9 @@ def test_what_was_heeded_is_what_the_file_says(tmp_path):
     assert as_recorded(pool, prompt, DRAWN) == Drawn("ant", "honesty", "Be honest.")
     assert as_recorded(pool, prompt, DRAWN._replace(model="bee")) == Drawn("bee", "", "")  # nobody knows
     assert as_recorded(pool, prompt, DRAWN._replace(model="asked")) == DRAWN._replace(model="asked")
+    assert held(pool["ant"], f" {prompt}").text == "Crumbs." and held(pool["bee"], "Why?") is None
+    assert held(pool["asked"], prompt) is None
+    assert [replayed(model) for model in pool.values()] == [True, True, False]
 
 
 def test_a_star_is_every_model_of_the_file(tmp_path):

@@ -54,10 +54,10 @@ def _main(arguments: list[str]) -> int | None:
 def run(settings: Evaluation, config: dict[str, Any]) -> int:
     """Run the benchmarks, those that ask models first; the exit status, 3 where the budget ended before they did."""
     modules: dict[str, ModuleType] = {name: import_module(f"zephyr.evaluation.{name}") for name in settings.benchmarks}
-    for module in modules.values():
-        module.check(settings)
     output = Path(settings.output).expanduser()
     check_writable(output, "output")
+    for module in modules.values():
+        module.check(settings)
     for name in modules:
         _refuse_another(output / name / "results.json", settings.name)
     output.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import json
+import math
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from zephyr.feedback.prompts import Prompt
 from zephyr.feedback.rating import shown as one_line
 from zephyr.feedback.record import Made, Recorded, Told, record, usable
 from zephyr.feedback.replay import as_recorded, holding
+from zephyr.feedback.report import named
 from zephyr.feedback.request import Failure, Reply, Request
 from zephyr.feedback.server import Endpoint
 from zephyr.feedback.settings import Feedback
@@ -36,6 +38,7 @@ class Result(NamedTuple):
 
     prompt: Prompt
     recorded: Recorded | None
+    paid: Mapping[str, float] = {}  # USD of its completions, by request
 
 
 class Collector:
@@ -101,10 +104,15 @@ class Collector:
         watch = _Watch(settings.max_failures)
         window: deque[asyncio.Task[Result]] = deque()
         budget = Budget(settings.max_cost, settings.max_requests)
+        counted: set[int] = set()  # completions whose cost a record holds
+
+        def done(result: Result) -> None:
+            _count_once(result, counted)
+            write(result)
 
         async def one(prompt: Prompt) -> Result:
             try:
-                result = Result(prompt, await self._recorded(prompt, asker, watch))
+                result = await self._result(prompt, asker, watch)
                 shown.done += 1
                 return result
             except BudgetSpent as error:
@@ -122,12 +130,12 @@ class Collector:
                 await asker.room()
                 window.append(group.create_task(one(prompt)))
                 while window and (window[0].done() or len(window) > _HELD * client.limits.concurrency):
-                    write(await window.popleft())
+                    done(await window.popleft())
             while window:
-                write(await window.popleft())
+                done(await window.popleft())
         return client
 
-    async def _recorded(self, prompt: Prompt, asker: "_Asker", watch: "_Watch") -> Recorded:
+    async def _result(self, prompt: Prompt, asker: "_Asker", watch: "_Watch") -> Result:
         asked = self.completion_requests(prompt)
 
         async def made_of(drawn: Drawn, request: Request) -> Made:
@@ -148,7 +156,20 @@ class Collector:
         if recorded.row is not None and len(prompt.messages) > 1:
             recorded.row["prompt"] = list(prompt.messages)  # that pairs are made of, in place of the text of all turns
         _judged(recorded, made, told, watch)
-        return recorded
+        replies = {request.key: one.reply for (_, request), one in zip(asked, made, strict=True)}
+        return Result(prompt, recorded, {k: r.cost for k, r in replies.items() if isinstance(r, Reply) and r.cost})
+
+
+def _count_once(result: Result, counted: set[int]) -> None:
+    """Two prompts can share a completion, where a system prompt in one is the principle of the other: it was paid for
+    once, and its cost stands in the first record that holds it."""
+    row = result.recorded and result.recorded.row
+    if row is None or row["cost"] is None:
+        return
+    costs = {int(key[:16], 16): cost for key, cost in result.paid.items()}  # 64 bits of each: a million prompts' fit
+    if again := [cost for mark, cost in costs.items() if mark in counted]:
+        row["cost"] = math.fsum([row["cost"], *(-cost for cost in again)])
+    counted.update(costs)
 
 
 class _Watch:
@@ -170,11 +191,10 @@ class _Watch:
         self.examples.setdefault(cause, detail)
         failed, number = self.causes.total(), len(self.latest)
         if number >= _SOONEST and failed > self.allowed * max(number, _FEW):
-            common = "; ".join(f"{n} {cause} ({self.examples[cause]})" for cause, n in self.causes.most_common(3) if n)
             raise UserError(
                 f"{failed} of the latest {number} requests ended without an answer that can be used, more than "
-                f"max_failures={self.allowed:g}: {common}. Mend that, or raise max_failures; what has been answered is "
-                "kept."
+                f"max_failures={self.allowed:g}: {named(self.causes, self.examples)}. Mend that, or raise "
+                "max_failures; what has been answered is kept."
             )
 
 

@@ -1,8 +1,8 @@
 """What a run would take: requests, tokens, cost and time, without what the ledger holds already. Nothing is sent.
 
 A prompt's tokens are its bytes divided by four. A completion has as many tokens as the model's have had on average in
-the ledger, else a typical number; at most as many as it may. Servers' prefix caches and retries are left out: the one
-makes it cheaper, the other dearer.
+the ledger, else a typical number; at most as many as it may. One that a file holds is a request without tokens, cost
+or time. Servers' prefix caches and retries are left out: the one makes it cheaper, the other dearer.
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.pool import Model, Source
 from zephyr.feedback.prompts import Prompt
 from zephyr.feedback.record import Made, usable
+from zephyr.feedback.replay import held, replayed
 from zephyr.feedback.request import Failure, Reply, Request
 from zephyr.feedback.settings import Feedback
 
@@ -81,6 +82,8 @@ class _Known:
 
     def load(self, role: str, model: Model) -> Load:
         total = self.totals.get(model.name)
+        if replayed(model):
+            return Load(role, model, None, 0.0)
         if total is None:
             return Load(role, model, None, None)
         return Load(role, model, total.completion_tokens / total.number or None, total.seconds / total.number)
@@ -103,9 +106,13 @@ def estimate(settings: Feedback, collector: Collector, prompts: Iterable[Prompt]
         for drawn, request in collector.completion_requests(prompt):
             load = loads[drawn.model]
             reply = known.reply(load.model, request)
-            made.append(Made(drawn, reply or Failure("unknown", "")))
             if reply is not None:
                 load.known += 1
+            elif found := held(load.model, prompt.messages[-1]["content"]):
+                load.requests += 1
+                reply = Reply(found.text, load.model.name, "stop")
+            made.append(Made(drawn, reply or Failure("unknown", "")))
+            if reply is not None:
                 size = len(reply.text.encode()) / _BYTES
                 expected, most = expected + size, most + size
                 continue

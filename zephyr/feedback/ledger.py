@@ -7,19 +7,21 @@ disk takes longer than everything else about a request; only a machine that lose
 
 import contextlib
 import fcntl
+import os
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from zephyr.errors import UserError, reason
 from zephyr.feedback.request import Failure, Reply
 
 _APPLICATION = 0x5A655048  # "ZePH" in the file's header, by which a ledger is known
 _VERSION = 1
-_LOCK_SECONDS = 15.0  # that a run is waited for which was killed and ends what was under way
+_LOCK_SECONDS = 15.0  # that another process is waited for
 _SYNC_SECONDS = 1.0  # between two times that what was written is brought onto the disk
 # as the fields of Reply stand
 _FIGURES = (
@@ -187,18 +189,37 @@ def _connected(path: Path, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
 
 
-def _locked(path: Path):  # type: ignore[no-untyped-def]
-    """Hold a lock beside the ledger: beside, as closing any handle of the file itself drops SQLite's own locks."""
-    file = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115 - held as long as the ledger
+def _locked(path: Path) -> BinaryIO:
+    """Hold a lock beside the ledger: beside, as closing any handle of the file itself drops SQLite's own locks. Who
+    holds it stands in it. Waited for is a run that was killed and ends what was under way, which can be told from
+    one that goes on by nothing but that it ends."""
+    file = open(path.with_name(path.name + ".lock"), "a+b", 0)  # noqa: SIM115 - held as long as the ledger
+    ours = f"process {os.getpid()} on {os.uname().nodename}"
     deadline = time.monotonic() + _LOCK_SECONDS
+    waits = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+        except BlockingIOError as error:
+            who = _holder(file)
+            if time.monotonic() > deadline:
+                file.close()
+                said = f"{path} is being written by {who}. Wait for it, or name another output."
+                raise UserError(said) from error
+            if not waits:
+                waits = True
+                how_long = f"which gets {_LOCK_SECONDS:g} s to end"
+                print(f"Note: {path} is being written by {who}, {how_long}.", file=sys.stderr)
+            time.sleep(0.05)
         except OSError as error:
-            if time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
             file.close()
-            said = f"{path} is being written by another process. Wait for it, or name another output."
-            raise UserError(said) from error
+            raise UserError(f"{path} cannot be locked: {error.strerror}. Name an output on another disk.") from error
+        else:
+            with contextlib.suppress(OSError):  # on a full disk the ledger says so
+                file.truncate(0)
+                file.write(ours.encode())
+            return file
+
+
+def _holder(file: BinaryIO) -> str:
+    return os.pread(file.fileno(), 200, 0).decode(errors="replace") or "another process"

@@ -7,12 +7,13 @@ this judge is not asked for kinds of errors. A critique ends with its "Overall S
 UltraFeedback's ones that became tens.
 
 Ours: prompt_id, judges, judgements (all replies of the judge as they came), cost, and of each completion generation.
+The cost of a record is that of its replies, each counted once: two texts that are the same share one critique.
 Nothing here depends on the clock or on how often a request was sent.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zephyr.feedback.draw import Drawn
@@ -72,13 +73,13 @@ def record(
     ratings: _Readings = {}
     critiques: dict[int, Critique] = {}
     judgements: list[dict[str, Any]] = []
-    replies = [one.reply for one in made if isinstance(one.reply, Reply)]
+    costs = {one.drawn.model: one.reply.cost for one in made if isinstance(one.reply, Reply)}  # each in USD
     for ask, reply in sorted(told, key=_by_kind):
         model = made[ask.order[0]].drawn.model if ask.aspect == CRITIQUE else None
         if isinstance(reply, Failure):
             failed(model, "judge", ask, reply.cause, reply.detail)
             continue
-        replies.append(reply)
+        costs[ask.request.key] = reply.cost
         read = _read(ask, reply, rubrics[ask.aspect])
         judgements.append(
             {
@@ -117,7 +118,7 @@ def record(
         "prompt_id": prompt_id,
         "judges": sorted({judgement["judge"] for judgement in judgements}),
         "judgements": judgements,
-        "cost": _cost(replies),
+        "cost": _sum(costs.values()),
     }
     return Recorded(row, failures)
 
@@ -202,10 +203,10 @@ def _usage(reply: Reply) -> dict[str, Any]:
     }
 
 
-def _cost(replies: Sequence[Reply]) -> float | None:
-    """USD of all replies; None where that of one is not known."""
-    costs = [reply.cost for reply in replies if reply.cost is not None]
-    return math.fsum(costs) if len(costs) == len(replies) else None
+def _sum(costs: Collection[float | None]) -> float | None:
+    """None where one is not known."""
+    known = [cost for cost in costs if cost is not None]
+    return math.fsum(known) if len(known) == len(costs) else None
 
 
 def _by_kind(told: Told) -> tuple[int, int, tuple[int, ...]]:

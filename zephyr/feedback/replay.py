@@ -110,10 +110,19 @@ def holding(pool: Iterable[Model], prompt: str) -> list[str]:
 
 def as_recorded(pool: Mapping[str, Model], prompt: str, drawn: Drawn) -> Drawn:
     """The draw for a replayed model with what its file says it was asked to heed; others' as it is."""
-    for source in _replays(pool[drawn.model]) or ():
-        if found := source.get(prompt.strip()):
-            return Drawn(drawn.model, found.principle, found.system)
-    return drawn
+    found = held(pool[drawn.model], prompt)
+    return Drawn(drawn.model, found.principle, found.system) if found else drawn
+
+
+def held(model: Model, prompt: str) -> Recorded | None:
+    """The completion of a prompt that a replayed model's file holds; None for a model that is asked."""
+    found = (source.get(prompt.strip()) for source in _replays(model) or ())
+    return next(filter(None, found), None)
+
+
+def replayed(model: Model) -> bool:
+    """Whether a file answers for the model."""
+    return any(isinstance(source, Replay) for source in model.servers)
 
 
 def _replays(model: Model) -> list[Mapping[str, Recorded]] | None:

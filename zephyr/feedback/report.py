@@ -1,9 +1,11 @@
 """What a run came to: counts, mean ratings, failures by cause, disagreement, tokens and cost. No text of a prompt."""
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zephyr.errors import UserError
 from zephyr.feedback.client import Client
 from zephyr.feedback.judge import ASPECTS
 from zephyr.feedback.ledger import Ledger
@@ -22,6 +24,7 @@ class Account:
         self.sources: Counter[str] = Counter()  # records
         self.judges: Counter[str] = Counter()  # judgements, by the name that the server returned
         self.failures: dict[str, Counter[str]] = defaultdict(Counter)  # stage: cause
+        self.examples: dict[str, str] = {}  # cause: detail of the first
         self.judged_twice = {aspect: Judgements() for aspect in ASPECTS}
         self._ratings: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0]))
 
@@ -33,6 +36,7 @@ class Account:
             return
         for failure in recorded.failures:
             self.failures[failure["stage"]][failure["cause"]] += 1
+            self.examples.setdefault(failure["cause"], failure["detail"])
         if recorded.row is None:
             return
         self.records += 1
@@ -50,6 +54,14 @@ class Account:
                     total = self._ratings[one["model"]][name]
                     total[0] += value
                     total[1] += 1
+
+    def check(self) -> None:
+        """Raises UserError where there is no record, and no larger budget would make one."""
+        if self.records == 0 and self.left == 0:
+            raise UserError(
+                f"none of {self.prompts:,} prompts got two completions, so there is nothing to record: "
+                f"{named(self.failures['generate'], self.examples)}. Mend that; what has been answered is kept."
+            )
 
     def report(
         self,
@@ -117,6 +129,11 @@ class Account:
             words += f"\nStopped by the budget ({spent}): {self.left:,} prompts are left."
             words += " The same command with a larger one goes on."
         return words
+
+
+def named(causes: Counter[str], examples: Mapping[str, str]) -> str:
+    """The commonest causes, each with how often it was met and what was said then."""
+    return "; ".join(f"{number:,} {cause} ({examples[cause]})" for cause, number in causes.most_common(3) if number)
 
 
 def _sorted(counts: Counter[str]) -> dict[str, int]:

@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from errno import EDQUOT, EIO, ENOSPC, EROFS
 from pathlib import Path
 from typing import IO, Any
 
 from zephyr.command import interruptible
-from zephyr.errors import UserError, reason
+from zephyr.errors import UserError, check_writable
 from zephyr.feedback.collect import Collector, Result, endpoints
 from zephyr.feedback.estimate import estimate
 from zephyr.feedback.ledger import Ledger
@@ -28,6 +29,7 @@ from zephyr.feedback.settings import Feedback, listed, parse
 from zephyr.redact import redact
 
 FILES = ("feedback.jsonl", "failures.jsonl")
+_DISK = {ENOSPC: "Make room", EDQUOT: "Make room", EROFS: "Make it writable", EIO: "See whether the disk is sound"}
 
 
 def run(config: dict[str, Any]) -> None:
@@ -44,13 +46,14 @@ def run(config: dict[str, Any]) -> None:
         return
     for endpoint in endpoints(collector.pool):
         endpoint.key()
+    check_writable(output, "output")
+    total = sum(1 for _ in prompts)  # mistakes in the file are met before anything is written or sent
+    if prompts.bad:
+        print(f"Note: {prompts.bad:,} rows are left out, the first: {prompts.named[0]}", file=sys.stderr)
     with _disk(output):
         output.mkdir(parents=True, exist_ok=True)
         with Ledger(output / "ledger.sqlite") as ledger:
             _said(output / "config.json", config, redact(collector.deciding))
-            total = sum(1 for _ in prompts)  # mistakes in the file are met before anything is sent
-            if prompts.bad:
-                print(f"Note: {prompts.bad:,} rows are left out, the first: {prompts.named[0]}", file=sys.stderr)
             print(_run(config, settings, collector, prompts, total, output, ledger))
 
 
@@ -76,6 +79,7 @@ def _run(
 
         with Shown(total, settings, redact(config), output) as shown:
             client = asyncio.run(interruptible(collector.collect(prompts, ledger, write, shown)))
+            account.check()
             report = account.report(
                 redact(config), prompts, client, ledger,
                 second=settings.judge.second, seconds=time.monotonic() - started,
@@ -107,13 +111,19 @@ def _whole(paths: Sequence[Path]) -> Iterator[Sequence[IO[str]]]:
 
 @contextmanager
 def _disk(output: Path) -> Iterator[None]:
+    """Inside, what the disk refuses is the user's to mend; so is what is wrong with a file, which is named."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:
+        again = "then run again: what has been answered is kept."
+        if error.errno in _DISK:  # perhaps of a file that is open, and then without its name
+            file = error.filename or output
+            said = f"output: {file} cannot be written: {error.strerror}. {_DISK[error.errno]} or give another output"
+        elif error.filename is not None:
+            said = f"{error.filename}: {error.strerror}. Mend that"
+        else:
             raise
-        mend = "Make room or give another output, then run again: what has been answered is kept."
-        raise UserError(f"output: {output} cannot be written: {error.strerror or reason(error)}. {mend}") from error
+        raise UserError(f"{said}, {again}") from error
 
 
 def _said(path: Path, config: dict[str, Any], deciding: dict[str, Any]) -> None:

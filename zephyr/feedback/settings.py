@@ -57,7 +57,8 @@ class Backend:
             servers = ((Engine if self.engine == "vllm" else Local)(Path(self.path), self.concurrency),)
         if self.replay:
             servers = (Replay(self.replay),)
-        return Model(self.name, servers, self.model or self.name, self.price, self.structured, self.answers_as)
+        price = Price() if self.replay else self.price  # it was paid when it was recorded
+        return Model(self.name, servers, self.model or self.name, price, self.structured, self.answers_as)
 
 
 @dataclass(frozen=True)
