@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from zephyr.errors import UserError, reason
+from zephyr.errors import UserError, check_writable, reason
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -64,6 +64,7 @@ def merge(adapter: str, output: Path, kind: str | None = None, device: str = "au
     folder = _folder(adapter)
     if output.exists():
         raise UserError(f"{output} exists already. Name a folder that does not, or remove it.")
+    check_writable(output, "OUTPUT")
     import torch
     from transformers.utils import logging
 
