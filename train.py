@@ -26,11 +26,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import as_dict, explain
-from zephyr import distributed, early
+from zephyr import distributed
 from zephyr.errors import Stopped, UserError, check_writable
-from zephyr.launch import JobFailed, launch
+from zephyr.launching.launch import JobFailed, launch
+from zephyr.launching.sweep import Direction, Sweep, direction
+from zephyr.running import early
 from zephyr.settings import Settings, parse
-from zephyr.sweep import Direction, Sweep, direction
 
 CONF = "conf"
 MULTIRUN = ("-m", "--multirun")

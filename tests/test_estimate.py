@@ -32,15 +32,15 @@ from tests import tiny
 from tests.ranks import spawn
 from tests.test_conf import load
 from zephyr import distributed
-from zephyr.assemble import Start, build_task
 from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.models.attention import undivided
 from zephyr.models.policy import Placement, check_policy
-from zephyr.placement import choose, placed
 from zephyr.planning.estimate import State, counts, state
 from zephyr.planning.simulate import Run, peak
+from zephyr.running.assemble import Start, build_task
+from zephyr.running.placement import choose, placed
+from zephyr.running.strategy import Ranks
 from zephyr.settings import Settings, parse
-from zephyr.strategy import Ranks
 
 
 class Case(NamedTuple):

@@ -19,7 +19,7 @@ import pytest
 
 from zephyr import distributed
 from zephyr.errors import Stopped, UserError
-from zephyr.launch import JobFailed, free_port, launch
+from zephyr.launching.launch import JobFailed, free_port, launch
 
 ROOT = Path(__file__).parents[1]
 RANK = """
@@ -28,8 +28,8 @@ from pathlib import Path
 
 from zephyr import distributed
 from zephyr.errors import UserError
-from zephyr.rank_log import move
-from zephyr.worker import serve
+from zephyr.running.rank_log import move
+from zephyr.launching.worker import serve
 
 
 def mark(name, text=None):
@@ -175,7 +175,7 @@ serve(body, Path(sys.argv[1]))
 PARENT = """
 import json, os, sys
 
-from zephyr.launch import launch
+from zephyr.launching.launch import launch
 
 *arguments, terminal = json.loads(sys.argv[1])
 if terminal:

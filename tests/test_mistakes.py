@@ -16,9 +16,9 @@ import pytest
 from tests import tiny
 from tests.commands import ROOT, command, world
 from tests.test_conf import load
-from zephyr import assemble
 from zephyr import run as runner
 from zephyr.errors import UserError
+from zephyr.running import assemble
 from zephyr.settings import parse
 
 

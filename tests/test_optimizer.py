@@ -19,8 +19,8 @@ from zephyr.checkpoints.checkpoint import FolderCheckpointIO
 from zephyr.checkpoints.shards import change
 from zephyr.data.batch import pack_conversations
 from zephyr.models.attention import SEGMENTS
+from zephyr.running.strategy import _of
 from zephyr.sft import SFT
-from zephyr.strategy import _of
 from zephyr.training import optimizer
 from zephyr.training.optimizer import LeanAdamW, build
 

@@ -27,10 +27,8 @@ from tests.ranks import spawn
 from tests.test_conf import load as load_conf
 from tests.test_estimate import base, batch_of
 from zephyr import distributed
-from zephyr.assemble import Start, build_task
 from zephyr.data.packing import deal
 from zephyr.models.policy import check_policy
-from zephyr.placement import choose, placed
 from zephyr.planning.dry_run import make_job
 from zephyr.planning.flops import Load, ModelSize, load
 from zephyr.planning.gpus import GPU, GPUS, named
@@ -48,8 +46,10 @@ from zephyr.planning.scaling import (
     step,
     ultrafeedback,
 )
+from zephyr.running.assemble import Start, build_task
+from zephyr.running.placement import choose, placed
+from zephyr.running.strategy import Ranks
 from zephyr.settings import Settings, parse
-from zephyr.strategy import Ranks
 
 # 1 TFLOP/s of products, links of 1 and 0.2 GB/s once their shares are taken; its memory costs no time
 TOY = GPU(1, 1 / PRODUCTS, 1, 1, 1e9, 1 / WIRE, 0.2 / WIRE, 1)

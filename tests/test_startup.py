@@ -9,8 +9,8 @@ import pytest
 
 from tests.commands import ROOT
 from tests.test_conf import load
-from zephyr import early
 from zephyr.errors import UserError
+from zephyr.running import early
 from zephyr.settings import parse
 
 # Runs the command with the heavy packages made impossible to import.

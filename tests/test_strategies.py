@@ -103,10 +103,10 @@ def first_losses(configs: dict[str, dict], folder: str) -> dict[str, float]:
 
 def first_loss(name: str, settings: Settings) -> float:
     from zephyr import distributed
-    from zephyr.assemble import Start, build_task
     from zephyr.data.modules import PreferenceData
     from zephyr.models.policy import check_policy
-    from zephyr.placement import choose, placed
+    from zephyr.running.assemble import Start, build_task
+    from zephyr.running.placement import choose, placed
 
     choice = choose(settings.trainer, lambda: 0.0)
     with placed(choice, settings) as placement:
@@ -156,7 +156,7 @@ def test_step_zero_is_ln_2_in_every_combination(folder, tmp_path, way):
 
 @pytest.mark.parametrize(("kind", "mode"), sorted(REFUSED))
 def test_a_reference_that_cannot_be_is_refused_with_the_reason(kind, mode):
-    from zephyr.assemble import check_objective
+    from zephyr.running.assemble import check_objective
 
     settings = parse(load(*ADAPTERS[kind], "stage=dpo", f"reference={mode}"))
     with pytest.raises(UserError, match="switches the policy's adapter off, and all weights are trained here"):

@@ -33,7 +33,7 @@ from zephyr.checkpoints import checkpoint
 from zephyr.checkpoints.checkpoint import Checkpoints, FolderCheckpointIO, newest
 from zephyr.checkpoints.shards import Stored, join
 from zephyr.errors import UserError
-from zephyr.strategy import Ranks
+from zephyr.running.strategy import Ranks
 
 STEPS, HALF = 6, 3
 State = dict[str, Tensor]

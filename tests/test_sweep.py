@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from tests.commands import ROOT, metrics, start, steps_done, train, world
 from zephyr.errors import Stopped, UserError
-from zephyr.launch import JobFailed
-from zephyr.sweep import Sweep, name_of
+from zephyr.launching.launch import JobFailed
+from zephyr.launching.sweep import Sweep, name_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One job.
@@ -260,7 +260,7 @@ from pathlib import Path
 
 import yaml
 
-import zephyr.launch
+import zephyr.launching.launch
 from zephyr.errors import UserError
 
 CHOICE = types.SimpleNamespace(**json.loads(sys.argv.pop(1)))
@@ -278,7 +278,7 @@ def launch(config, processes):
     if beta == 3:
         signal.raise_signal(signal.SIGTERM)
     if beta > CHOICE.limit:
-        raise [UserError("Too much."), zephyr.launch.JobFailed("It died.")][config["seed"] % 2]
+        raise [UserError("Too much."), zephyr.launching.launch.JobFailed("It died.")][config["seed"] % 2]
     output = Path(config["output_dir"])
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config))
@@ -289,7 +289,7 @@ def launch(config, processes):
     return metric
 
 
-zephyr.launch.launch = launch
+zephyr.launching.launch.launch = launch
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """

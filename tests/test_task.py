@@ -19,8 +19,8 @@ from zephyr.data.batch import IDLE, Conversation, Pair, pack_conversations, pack
 from zephyr.errors import UserError
 from zephyr.models.attention import SEGMENTS
 from zephyr.models.sharding import shard, whole
+from zephyr.running.strategy import Ranks
 from zephyr.sft import SFT
-from zephyr.strategy import Ranks
 
 
 def conversations(count=8):

@@ -16,11 +16,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from zephyr import demo, distributed, early, rank_log, record
-from zephyr.assemble import Start, build_task, check_objective, gathered
+from zephyr import demo, distributed
 from zephyr.checkpoints.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
 from zephyr.checkpoints.interruption import StopOnSignal, stoppable
-from zephyr.console import speak
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import Message, load_tokenizer
 from zephyr.errors import UserError
@@ -33,11 +31,14 @@ from zephyr.observe.plots import draw
 from zephyr.observe.progress import Progress
 from zephyr.observe.samples import Samples, Scorer
 from zephyr.observe.throughput import Throughput
-from zephyr.placement import Choice, choose, placed
 from zephyr.planning import estimate
 from zephyr.redact import redact
+from zephyr.running import early, rank_log, record
+from zephyr.running.assemble import Start, build_task, check_objective, gathered
+from zephyr.running.console import speak
+from zephyr.running.placement import Choice, choose, placed
+from zephyr.running.strategy import Ranks
 from zephyr.settings import Settings
-from zephyr.strategy import Ranks
 from zephyr.training.task import Task
 
 _log = logging.getLogger("zephyr")

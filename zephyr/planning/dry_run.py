@@ -150,7 +150,7 @@ def model_config(path: str, revision: str | None) -> Any:
 
 
 def _reference(settings: Settings, passes: float) -> str | None:
-    """How the reference is had, as zephyr.assemble decides, but for a copy that does not fit."""
+    """How the reference is had, as zephyr.running.assemble decides, but for a copy that does not fit."""
     if settings.objective is None or settings.reference is None or settings.objective.name in REFERENCE_FREE:
         return None
     if settings.reference.mode != "auto":

@@ -12,8 +12,8 @@ from zephyr.data import sources
 from zephyr.data.messages import BadRow
 from zephyr.demo import locate
 from zephyr.errors import Stopped
+from zephyr.launching.sweep import holds
 from zephyr.study.plan import Run
-from zephyr.sweep import holds
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]  # the configuration that train.py makes of overrides
 

@@ -23,7 +23,7 @@ import yaml
 
 from zephyr import distributed
 from zephyr.errors import Stopped, UserError
-from zephyr.launch import JobFailed
+from zephyr.launching.launch import JobFailed
 from zephyr.redact import redact
 
 ALONE = "run"  # the folder of a job in which nothing varies
@@ -226,7 +226,7 @@ def _summary(output: Path) -> dict[str, Any] | None:
 
 
 def _metric(summary: dict[str, Any]) -> float | None:
-    """As zephyr.record.headline, which returns it at the end of a run."""
+    """As zephyr.running.record.headline, which returns it at the end of a run."""
     value = summary["eval"].get("eval/rewards/accuracies", summary["eval"].get("eval/loss"))
     return value if value is not None and math.isfinite(value) else None
 

@@ -1,6 +1,7 @@
-"""A rank's side of a job: `python -m zephyr.worker FROZEN` trains what the file says, and writes down how it ended.
+"""A rank's side of a job: `python -m zephyr.launching.worker FROZEN` trains what the file says, and writes
+down how it ended.
 
-Only zephyr.launch runs it. It never prints a traceback: that goes into the file that the launcher reads.
+Only the launcher runs it. It never prints a traceback: that goes into the file that the launcher reads.
 """
 
 import json
@@ -17,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from zephyr import distributed, rank_log
+from zephyr import distributed
 from zephyr.errors import Stopped, UserError
+from zephyr.running import rank_log
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -140,11 +142,11 @@ def _train(config: dict[str, Any]) -> float | None:
 
 
 def main() -> None:
-    """`python -m zephyr.worker FROZEN`."""
+    """`python -m zephyr.launching.worker FROZEN`."""
     serve(_train, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":
-    from zephyr import worker  # as run.py knows it, which this module, __main__, is not
+    from zephyr.launching import worker  # as run.py knows it, which this module, __main__, is not
 
     worker.main()

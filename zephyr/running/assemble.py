@@ -14,8 +14,8 @@ from zephyr.models.policy import Placement, load_policy
 from zephyr.models.reference import AdapterOff, Copy, Precomputed, Reference, precompute, precomputed_file
 from zephyr.models.sharding import whole
 from zephyr.objectives import REFERENCE_FREE, check
-from zephyr.placement import Choice
 from zephyr.planning import estimate
+from zephyr.running.placement import Choice
 from zephyr.settings import Settings
 from zephyr.sft import SFT
 from zephyr.training.task import Task

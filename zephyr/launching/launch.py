@@ -22,9 +22,9 @@ from typing import Any
 
 from zephyr.data.pool import cores
 from zephyr.errors import Stopped, UserError
-from zephyr.worker import SIGNALS, Outcome, log_file, outcome_file
+from zephyr.launching.worker import SIGNALS, Outcome, log_file, outcome_file
 
-WORKER = (sys.executable, "-m", "zephyr.worker")
+WORKER = (sys.executable, "-m", "zephyr.launching.worker")
 GRACE = 1.0  # s that the others get once a rank has failed: to say what they saw
 BEREFT = 10.0  # s that they get if it only missed another, which may still be on its way out: that one knows why
 PARTING = 120.0  # s that the others get once a rank has stopped: its checkpoint is written, loggers may have to finish
@@ -99,8 +99,8 @@ def launch(config: dict[str, Any], processes: int, command: Sequence[str] = WORK
     """Run one job of `processes` ranks on this node and return the metric of rank 0, None on another node.
 
     `config` is the resolved configuration, `command` what each rank runs, with a file of it as the last argument. A
-    job of one process has no process group. Raises UserError for the user's mistake, Stopped
-    after SIGINT or SIGTERM, which the ranks get too, and JobFailed.
+    job of one process has no process group. Raises UserError for the user's mistake, Stopped after
+    SIGINT or SIGTERM, which the ranks get too, and JobFailed.
     """
     with (
         tempfile.TemporaryDirectory(prefix="zephyr-", ignore_cleanup_errors=True) as folder,  # readable by us alone
@@ -206,7 +206,7 @@ def _environments(trainer: dict[str, Any], processes: int) -> Iterator[list[dict
         for name, value in os.environ.items()
         if name not in _VARIABLES and not name.startswith("TORCHELASTIC_")
     }
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if root.name not in ("site-packages", "dist-packages"):  # run from a checkout, perhaps from another folder
         base["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [base.get("PYTHONPATH")])])
     if processes * nodes == 1:

@@ -1,0 +1,1 @@
+"""What one run is put together from; zephyr/run.py does it."""
