@@ -718,6 +718,8 @@ def test_long_and_strange_error_bodies_are_cut(tmp_path):
         ([Model("m", ())], "model 'm' has no server"),
         ([Model("m", (Endpoint("http://a"),))] * 2, "two models named 'm'"),
         ([Model("m", (Endpoint("localhost:8000"),))], "'localhost:8000' is no address"),
+        ([Model("m", (Endpoint("http://a..b/v1"),))], "'http://a..b/v1' is no address"),
+        ([Model("m", (Endpoint("http://u:hunter2@a:99999/v1"),))], "'http://<removed>@a:99999/v1' is no address"),
         ([Model("m", (Endpoint("https://user:pw@host/v1"),))], "The base_url of host carries|base_url of host carries"),
         ([Model("m", (Endpoint("http://a/v1", "NOT_SET_AT_ALL"),))], "set the environment variable NOT_SET_AT_ALL"),
         ([Model("m", (Endpoint("http://a/v1", SECRET),))], "is not the name of an environment variable"),

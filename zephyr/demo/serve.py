@@ -91,7 +91,7 @@ async def _complete(request: web.Request) -> web.Response:
     asked = {key: body[key] for key in ("model", "messages", *_SAMPLING) if body.get(key) is not None}
     sent = json.dumps(asked, sort_keys=True).encode()
     try:
-        answer = await model.complete(Model(name, ()), sent, hashlib.sha256(sent).hexdigest())
+        answer = await model.complete(Model(name, ()), sent, hashlib.sha256(sent).hexdigest(), lambda: None)
     except (Refused, UserError) as error:
         return _refusal(400, str(error))
     return web.json_response(_completion(name, answer["choices"][0], answer["usage"]))

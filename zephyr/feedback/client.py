@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -183,12 +184,13 @@ class Client:
     async def _attempt(self, ask: _Ask) -> tuple[dict[str, Any], float]:
         """Send it once. The completion, and the seconds it took."""
         loop = asyncio.get_running_loop()
-        lane = await self._dispatcher.acquire(ask.model.name, ask.tokens, ask.most)
-        sent, used = loop.time(), None
+        slot = await self._dispatcher.acquire(ask.model.name, ask.tokens, ask.most)
+        lane, sent, used = slot.lane, loop.time(), None
         ask.attempts += 1
         self.tally.sent += 1
         try:
-            completion = await lane.server.complete(ask.model, ask.body, ask.request.key)
+            free = partial(self._dispatcher.free, slot)
+            completion = await lane.server.complete(ask.model, ask.body, ask.request.key, free)
             lane.answered()
             self._answered.add(ask.model.name)
             prompt, answer, cached = _usage(completion)
@@ -213,7 +215,7 @@ class Client:
             self._stop(error)
             raise
         finally:
-            self._dispatcher.release(lane, ask.tokens, used, ask.most)
+            self._dispatcher.release(slot, used)
 
     async def _again(self, ask: _Ask, failed: list[Again]) -> tuple[dict[str, Any], float]:
         """As `_attempt`, after one that failed before the retrying began: so it begins with a wait."""

@@ -125,12 +125,23 @@ class Purse:
         return BudgetSpent(f"{limit}: {self.cost:.6f} are spent, and the next request may cost {most:.6f}")
 
 
+@dataclass(eq=False)
+class Slot:
+    """What a request under way holds: a place at a server until its answer is in, and what has been set aside for it
+    until it is known what the answer took."""
+
+    lane: Lane
+    tokens: float
+    most: float  # USD
+    in_flight: bool = True
+
+
 @dataclass(order=True)
 class _Waiting:
     number: int
     tokens: float = field(compare=False)
     most: float = field(compare=False)
-    lane: "asyncio.Future[Lane]" = field(compare=False)
+    slot: "asyncio.Future[Slot]" = field(compare=False)
 
 
 class Dispatcher:
@@ -150,9 +161,10 @@ class Dispatcher:
         self._timer: asyncio.TimerHandle | None = None
         self._stopped: BaseException | None = None
         self.in_flight = 0
+        self._unsettled = 0
 
-    async def acquire(self, model: str, tokens: float, most: float) -> Lane:
-        """A server that may be sent `tokens` at once, for `most` USD at most. Raises what `stop` was given."""
+    async def acquire(self, model: str, tokens: float, most: float) -> Slot:
+        """A place at a server that may be sent `tokens` now, for `most` USD at most. Raises what `stop` was given."""
         if self._stopped is not None:
             raise self._stopped.with_traceback(None)
         self._number += 1
@@ -160,21 +172,28 @@ class Dispatcher:
         self._queues[model].append(waiting)
         self._pump()
         try:
-            return await waiting.lane
+            return await waiting.slot
         except asyncio.CancelledError:
-            if waiting.lane.done() and not waiting.lane.cancelled() and waiting.lane.exception() is None:
-                self.release(waiting.lane.result(), tokens, 0, most, sent=False)
+            if waiting.slot.done() and not waiting.slot.cancelled() and waiting.slot.exception() is None:
+                self._purse.requests -= 1
+                self.release(waiting.slot.result(), 0)
             raise
 
-    def release(self, lane: Lane, tokens: float, used: float | None, most: float, sent: bool = True) -> None:
-        """An attempt is over: of `tokens` set aside `used` were needed (None: not known), `most` is free again."""
-        lane.in_flight -= 1
-        self.in_flight -= 1
-        self._purse.reserved -= most
-        if not sent:
-            self._purse.requests -= 1
+    def free(self, slot: Slot) -> None:
+        """The answer is in, and another request may take its place while it is read."""
+        if slot.in_flight:
+            slot.in_flight = False
+            slot.lane.in_flight -= 1
+            self.in_flight -= 1
+            self._pump()
+
+    def release(self, slot: Slot, used: float | None) -> None:
+        """An attempt is over: of the tokens set aside `used` were needed (None: not known), the rest is free again."""
+        self._unsettled -= 1
+        self._purse.reserved -= slot.most
         if used is not None:
-            lane.tokens.take(used - tokens)
+            slot.lane.tokens.take(used - slot.tokens)
+        self.free(slot)
         self._pump()
 
     def stop(self, error: BaseException) -> None:
@@ -182,8 +201,8 @@ class Dispatcher:
         self._stopped = self._stopped or error
         for queue in self._queues.values():
             for waiting in queue:
-                if not waiting.lane.done():
-                    waiting.lane.set_exception(self._stopped)
+                if not waiting.slot.done():
+                    waiting.slot.set_exception(self._stopped)
             queue.clear()
         if self._timer:
             self._timer.cancel()
@@ -194,7 +213,7 @@ class Dispatcher:
             now, soonest = loop.time(), math.inf
             chosen: tuple[_Waiting, Lane, str] | None = None
             for model, queue in self._queues.items():
-                while queue and queue[0].lane.done():  # its asker has gone
+                while queue and queue[0].slot.done():  # its asker has gone
                     queue.popleft()
                 if not queue or (chosen and chosen[0] < queue[0]):
                     continue
@@ -211,17 +230,18 @@ class Dispatcher:
                 self.stop(self._purse.spent(waiting.most))
                 return
             if not self._purse.holds(waiting.most):
-                if self.in_flight == 0:
+                if self._unsettled == 0:
                     self.stop(self._purse.spent(waiting.most))
                 return  # when one comes back cheaper than it might have been, there may be room
             self._queues[model].popleft()
             lane.in_flight += 1
             self.in_flight += 1
+            self._unsettled += 1
             self._purse.requests += 1
             self._purse.reserved += waiting.most
             lane.requests.take(1)
             lane.tokens.take(waiting.tokens)
-            waiting.lane.set_result(lane)
+            waiting.slot.set_result(Slot(lane, waiting.tokens, waiting.most))
 
     def _least_loaded(self, model: str, now: float, tokens: float) -> tuple[Lane, float]:
         """The server to take, and when it can be."""

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,13 +67,13 @@ class EngineServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
 
-    async def complete(self, model: Model, body: bytes, key: str) -> dict[str, Any]:
+    async def complete(self, model: Model, body: bytes, key: str, free: Callable[[], None]) -> dict[str, Any]:
         """As a server's. Raises UserError, with vLLM's last words, where it does not start."""
         if self._started is None:
             self._started = asyncio.create_task(self._start())
         server = await asyncio.shield(self._started)
         asked = json.dumps({**json.loads(body), "model": str(self.folder)}).encode()  # several names may share it
-        completion = await server.complete(model, asked, key)
+        completion = await server.complete(model, asked, key, free)
         return {**completion, "model": f"{model.name}@{self.endpoint.identity[5:17]}"}
 
     async def _start(self) -> Server:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,7 +87,7 @@ class LocalServer:
         self._thread = ThreadPoolExecutor(1, "model")
         self._loaded: tuple[Any, Any] | None = None
 
-    async def complete(self, model: Model, body: bytes, key: str) -> dict[str, Any]:
+    async def complete(self, model: Model, body: bytes, key: str, free: Callable[[], None]) -> dict[str, Any]:
         """As a server's. Raises Refused for a prompt that the model cannot take, UserError where it cannot be used."""
         asked = json.loads(body)
         if strangers := asked.keys() - _PARAMETERS - {"model", "messages"}:

@@ -1,6 +1,7 @@
 """Which models there are, what answers for them and what they cost; how fast and how much may be asked."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,9 +30,10 @@ class Answering(Protocol):
     @property
     def endpoint(self) -> "Source": ...
 
-    async def complete(self, model: "Model", body: bytes, key: str) -> dict[str, Any]:
+    async def complete(self, model: "Model", body: bytes, key: str, free: Callable[[], None]) -> dict[str, Any]:
         """The completion that a request's body asks for, with a text in its first choice, as OpenAI's servers say it.
 
+        `free` may be called as soon as the answer is in and all that is left is to read it: then the next is sent.
         Raises Again, Refused or UserError, of zephyr.feedback.server and zephyr.errors.
         """
 

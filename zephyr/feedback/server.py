@@ -12,21 +12,20 @@ import os
 import re
 import ssl
 import time
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
 import httpx2
 import openai
-import yarl
 from openai._models import FinalRequestOptions
 
 from zephyr.errors import UserError, reason
+from zephyr.feedback.http import BadResponse, Broken, Http, NotConnected, TooLarge
 from zephyr.feedback.pool import Answering, Limits, Model
+from zephyr.redact import redact
 
 _DETAIL = 300  # characters of a server's words that are passed on
 _SECRET_LENGTH = 12  # shorter ones (EMPTY, ollama) are words that stand in answers, and no secrets
@@ -69,9 +68,13 @@ class Endpoint:
 
     def check(self) -> None:
         """Raises UserError where the address is not one, or would carry a secret into files, or nothing may be sent."""
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise UserError(f"base_url={self.base_url!r} is no address. Write it as http://host:port/v1.")
+        try:
+            url = urlsplit(self.base_url)
+            right = url.scheme in ("http", "https") and url.port != 0 and bool((url.hostname or "").encode("idna"))
+        except ValueError:  # a port that is none, a host that no name service knows
+            right = False
+        if not right:
+            raise UserError(f"base_url={redact(self.base_url)!r} is no address. Write it as http://host:port/v1.")
         if url.username or url.password or url.query or url.fragment:
             raise UserError(
                 f"the base_url of {url.hostname} carries a user name, a password or a query. Give the address alone, "
@@ -123,13 +126,14 @@ class Server:
             http_client=httpx2.AsyncClient(transport=self._transport, follow_redirects=False, trust_env=False),
         )
 
-    async def complete(self, model: Model, body: bytes, key: str) -> dict[str, Any]:
+    async def complete(self, model: Model, body: bytes, key: str, free: Callable[[], None]) -> dict[str, Any]:
         """The completion as the server's JSON says it, with a text in its first choice.
 
         Raises Again, Refused or UserError.
         """
         try:
-            response = await self._openai.chat_completion(body, {"X-Client-Request-Id": key})
+            known = model.name in self._answered  # a first answer may be a page, after which nothing is to be sent
+            response = await self._openai.chat_completion(body, key, free if known else _nothing)
         except openai.APIStatusError as error:
             await self._refuse(model, error.response)
         completion = self._parse(model, response.content)
@@ -239,15 +243,15 @@ class _Client(openai.AsyncOpenAI):
         url = httpx2.URL(f"{self.base_url}chat/completions")  # openai ends it with a slash
         return url, FinalRequestOptions.construct(method="post", url="", idempotency_key="-")
 
-    async def chat_completion(self, body: bytes, headers: Mapping[str, str]) -> httpx2.Response:
+    async def chat_completion(self, body: bytes, key: str, free: Callable[[], None]) -> httpx2.Response:
         """The server's answer to a body. Raises openai.APIStatusError, and what the transport raises."""
-        options = self._chat[1].model_copy(update={"content": body, "headers": headers})
+        options = self._chat[1].model_copy(update={"content": body, "extra_json": {"name": key, "free": free}})
         return await self.request(httpx2.Response, options)
 
     def _build_request(self, options: Any, *, retries_taken: int = 0) -> httpx2.Request:
         if options.content is None:
             return super()._build_request(options, retries_taken=retries_taken)
-        return httpx2.Request("POST", self._chat[0], headers=options.headers, content=options.content)
+        return httpx2.Request("POST", self._chat[0], content=options.content, extensions=options.extra_json)
 
     async def _send_request(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
         response = await self._client._transport.handle_async_request(request)  # no cookies, redirects or auth to mind
@@ -256,7 +260,7 @@ class _Client(openai.AsyncOpenAI):
 
 
 class _Transport(httpx2.AsyncBaseTransport):
-    """aiohttp beneath the openai client: it parses in C, which is half of a request's time.
+    """Our own HTTP beneath the openai client: a third of what a general one costs a request.
 
     It sends a body to one address, with headers of its own: what the openai client takes from the environment
     (organisation, project, extra headers) and tells about the machine goes nowhere.
@@ -264,89 +268,59 @@ class _Transport(httpx2.AsyncBaseTransport):
 
     def __init__(self, url: str, key: str | None, limits: Limits) -> None:
         self._url, self._limits = url, limits
-        self._addresses = {url + path: yarl.URL(url + path, encoded=True) for path in _PATHS}
-        self._headers = {
+        self._paths = {url + path: path for path in _PATHS}
+        headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",  # a bound on bytes must bound what they unpack to
             "Content-Type": "application/json",
             "User-Agent": "zephyr",
         }
         if key:
-            self._headers["Authorization"] = f"Bearer {key}"
-        parts = urlsplit(url)
-        # a proxy of an https address is a tunnel; one of an http address would read the key
-        secure = parts.scheme == "https" and not urllib.request.proxy_bypass(parts.hostname or "")
-        self._proxy = urllib.request.getproxies().get("https") if secure else None
-        self._session: aiohttp.ClientSession | None = None
-
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                # servers commonly close what was idle for 5 s, some in the very moment of the next request
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
-                timeout=aiohttp.ClientTimeout(
-                    total=self._limits.total_seconds, sock_connect=self._limits.connect_seconds
-                ),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-            )
-        return self._session
+            headers["Authorization"] = f"Bearer {key}"
+        self._http = Http(url, headers, limits.connect_seconds, limits.total_seconds, limits.response_bytes)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        url = self._addresses.get(str(request.url))
-        if url is None:
+        path = self._paths.get(str(request.url))
+        if path is None:
             raise UserError(f"{self._url}: a request for another address, {request.url.host}, was stopped.")
-        headers: Mapping[str, str] = self._headers
-        if name := request.headers.get("X-Client-Request-Id"):
-            headers = {**headers, "X-Client-Request-Id": name}
         try:
-            async with self._open().request(
-                request.method,
-                url,
-                data=request.content,
-                headers=headers,
-                proxy=self._proxy,
-                allow_redirects=False,
-            ) as response:
-                return httpx2.Response(
-                    response.status,
-                    headers=[(k, v) for k, v in response.raw_headers if k.lower() in _KEPT],
-                    content=await self._read(response),
-                )
-        except aiohttp.ConnectionTimeoutError:
-            raise Again("timed_out", f"{self._url}: no connection in time.") from None
+            known = request.extensions
+            response = await self._http.request(
+                request.method, path, request.content, known.get("name", ""), known.get("free", _nothing)
+            )
+            await asyncio.sleep(0)  # the requests that this one made room for go first
+        except NotConnected as error:
+            raise Again("connection", f"{self._url}: no connection: {error}") from None
         except TimeoutError:
             raise Again("timed_out", f"{self._url}: no answer in time.", billed=True) from None
-        except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError, ssl.SSLError) as error:
+        except ssl.SSLError as error:
             raise UserError(
                 f"{self._url}: no secure connection: {reason(error)} Check the address, or name its "
                 "authority in SSL_CERT_FILE."
             ) from None
-        except aiohttp.ClientConnectorError as error:
-            raise Again("connection", f"{self._url}: no connection: {reason(error)}") from None
-        except (aiohttp.ClientPayloadError, aiohttp.ClientResponseError) as error:
-            raise Again("bad_reply", f"{self._url}: a broken answer: {reason(error)[:_DETAIL]}", billed=True) from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise Again("connection", f"{self._url}: the connection broke: {reason(error)}", billed=True) from None
-
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        bound, chunks, size = self._limits.response_bytes, [], 0
-        while size <= bound and (chunk := await response.content.readany()):
-            chunks.append(chunk)
-            size += len(chunk)
-        if size > bound:
-            response.close()  # not to be read to its end
-            raise Again("too_large", f"{self._url}: an answer of more than {bound:,} bytes.", billed=True)
-        return b"".join(chunks)
+        except BadResponse as error:
+            raise Again("bad_reply", f"{self._url}: a broken answer: {error}", billed=True) from None
+        except TooLarge:
+            bound = self._limits.response_bytes
+            raise Again("too_large", f"{self._url}: an answer of more than {bound:,} bytes.", billed=True) from None
+        except Broken as error:
+            raise Again("connection", f"{self._url}: the connection broke: {error}", billed=True) from None
+        return httpx2.Response(
+            response.status,
+            headers={name: response.headers[name] for name in _KEPT if name in response.headers},
+            content=response.content,
+        )
 
     async def aclose(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            await asyncio.sleep(0)  # its connections are closed in the loop's next round
+        self._http.close()
+
+
+def _nothing() -> None:
+    pass
 
 
 _PATHS = ("/chat/completions", "/models")
-_KEPT = (b"retry-after", b"date", b"location")
+_KEPT = ("retry-after", "date", "location")
 
 
 def _text(message: dict[str, Any]) -> str:
