@@ -504,12 +504,14 @@ def test_faults_on_a_third_of_all_requests_change_nothing_in_the_replies(tmp_pat
         done = one.completed + two.completed
     assert client.tally.failures == {} and client.tally.retries.total() > 100
     assert len(client.tally.retries) >= 5
-    assert sent.total() == client.tally.sent == sum(outcome.attempts for outcome in outcomes)
-    assert [outcome.attempts for outcome in outcomes] == [sent[request(n).key] for n in range(400)]
+    assert client.tally.sent == sum(outcome.attempts for outcome in outcomes)
+    unread = [outcome.attempts - sent[request(n).key] for n, outcome in enumerate(outcomes)]
+    assert min(unread) >= 0  # on a busy machine an attempt may be given up before the server has read it
+    assert sum(unread) <= client.tally.retries["timed_out"]
     assert all(count >= 1 for count in done.values()) and len(done) == 400
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         (total,) = ledger.totals()
-    assert (total.number, total.attempts) == (400, sent.total())
+    assert (total.number, total.attempts) == (400, client.tally.sent)
 
 
 RUN = """

@@ -9,7 +9,7 @@ asked to heed is what the file says, not what is drawn now (`as_recorded`).
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ class ReplayServer:
         self.endpoint = source
         self._held = recordings(source.path)
 
-    async def complete(self, model: Model, body: bytes, key: str) -> dict[str, Any]:
+    async def complete(self, model: Model, body: bytes, key: str, free: Callable[[], None]) -> dict[str, Any]:
         """As a server's. Raises Refused ("not_recorded") for what the file does not hold."""
         name, messages = _name(model), json.loads(body)["messages"]
         if name not in self._held:
