@@ -67,11 +67,14 @@ class DPO(Task):
     def pairs(self, batch: Batch) -> tuple[Logps, Tensor | None]:
         """Log-probabilities of a micro-batch's pairs under policy and reference, and WPO's weights if it is on."""
         weighted = self.objective.weighting == "wpo"
-        scores = token_scores(self.policy, batch, collisions=weighted)
+        together = isinstance(self.reference, AdapterOff) and self.reference.beside(self.policy)
+        scores = token_scores(self.policy, batch, collisions=weighted, reference=together)
         chosen, rejected = self._sums(scores.logps, batch).chunk(2)
         with torch.no_grad():
             reference = torch.zeros(2 * batch.examples, dtype=torch.float64, device=chosen.device)
-            if self.reference is not None:
+            if scores.reference is not None:
+                reference = self._sums(scores.reference, batch)
+            elif self.reference is not None:
                 reference = self.reference.logps(self.policy, batch, self.sequence_logps)
         counts = sequence_sums(torch.ones_like(scores.logps.detach()), batch, 2 * batch.examples)
         pairs = Logps(chosen, rejected, *reference.chunk(2), *counts.chunk(2))

@@ -149,7 +149,7 @@ def _base(origin: "Lineage", device: str, quantised: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from zephyr.models.adapters import in_four_bits
+    from zephyr.models.four_bits import in_four_bits
 
     dtype = getattr(torch, origin.dtype) if origin.dtype else "auto"
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
@@ -192,7 +192,8 @@ def _merge_dequantised(trained: Any, model: Any) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 
-    from zephyr.models.adapters import START, in_four_bits
+    from zephyr.models.adapters import START
+    from zephyr.models.four_bits import in_four_bits
 
     with torch.no_grad():
         for name, module in trained.get_base_model().named_modules():

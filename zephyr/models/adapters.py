@@ -28,12 +28,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from zephyr.errors import UserError, reason
+from zephyr.models.four_bits import in_four_bits
 from zephyr.models.lineage import Lineage, commit
-from zephyr.models.low_rank import accumulate
+from zephyr.models.low_rank import DEFAULT, accumulate
 from zephyr.models.sharding import whole
 from zephyr.settings import Lora
 
-DEFAULT, START, REFERENCE = "default", "start", "reference"
+START, REFERENCE = "start", "reference"
 
 
 def check_targets(model: Any, lora: Lora, start: Lineage | None = None) -> None:
@@ -227,11 +228,6 @@ def check_quantised(model: Any) -> None:
             f"{f', first {left[0]}' if left else ''}: this kind of model cannot be quantised. "
             "Set model.quantization=null."
         )
-
-
-def in_four_bits(module: nn.Module) -> bool:
-    """Whether a module is a linear layer with 4-bit weights, told without importing what makes them."""
-    return isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

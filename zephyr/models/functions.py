@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Layout = tuple[torch.Size, tuple[int, ...]]  # shape and stride
+
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
@@ -56,21 +58,21 @@ class recomputed(torch.autograd.graph.saved_tensors_hooks):
         again: list[Tensor] = []
         uses = 0
 
-        def pack(saved: Tensor) -> Tensor | torch.Size:
+        def pack(saved: Tensor) -> Tensor | Layout:
             nonlocal uses
             if saved.untyped_storage()._cdata != storage or saved.numel() != size:
                 return saved
             uses += 1
-            return saved.shape
+            return saved.shape, saved.stride()
 
-        def unpack(kept: Tensor | torch.Size) -> Tensor:
+        def unpack(kept: Tensor | Layout) -> Tensor:
             nonlocal uses
             if isinstance(kept, Tensor):
                 return kept
             if not again:
                 again.append(make())
             uses -= 1
-            return (again[0] if uses else again.pop()).view(kept)
+            return (again[0] if uses else again.pop()).as_strided(*kept)
 
         super().__init__(pack, unpack)
 

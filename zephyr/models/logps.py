@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from zephyr.data.batch import Batch
 from zephyr.models.attention import Plan
+from zephyr.models.decoder import Beside
 
 LOGITS = 2**26  # that exist at once: 256 MiB in fp32, 2,097 scored tokens at 32,000 entries
 
@@ -20,6 +21,7 @@ class Scores(NamedTuple):
 
     logps: Tensor  # log p(target | what precedes it)
     collisions: Tensor | None  # log sum_v p(v)^2, without gradient: how sure the model is, whatever the target
+    reference: Tensor | None = None  # logps of the model without the adapter that trains, had in the same pass
 
 
 def token_logps(model: Any, batch: Batch) -> Tensor:
@@ -27,27 +29,35 @@ def token_logps(model: Any, batch: Batch) -> Tensor:
     return token_scores(model, batch).logps
 
 
-def token_scores(model: Any, batch: Batch, collisions: bool = False) -> Scores:
-    """Log-probabilities of the scored tokens and, where asked for, the collision log-probabilities."""
+def token_scores(model: Any, batch: Batch, collisions: bool = False, reference: bool = False) -> Scores:
+    """Log-probabilities of the scored tokens and, where asked for, collision and reference log-probabilities."""
     core = model.get_base_model() if hasattr(model, "peft_config") else model
     sharded = getattr(core, "score", None)  # a method, so that the parameters it uses are gathered around it
-    return sharded(batch, collisions) if sharded else score(core, batch, collisions)
+    return sharded(batch, collisions, reference) if sharded else score(core, batch, collisions, reference)
 
 
-def score(core: Any, batch: Batch, collisions: bool = False) -> Scores:
+def score(core: Any, batch: Batch, collisions: bool = False, reference: bool = False) -> Scores:
     """The same for a transformers causal LM whose parameters are at hand."""
-    decoder, head = core.get_decoder(), core.get_output_embeddings()
+    decoder, beside = core.get_decoder(), Beside() if reference else None
     hidden = decoder(
         input_ids=batch.ids[None],
         position_ids=batch.positions[None],
         use_cache=False,
         plan=Plan(batch.segments, len(batch.ids), batch.ids.device),
         tail=batch.tail,
+        beside=beside,
     ).last_hidden_state[0]
+    other = None if beside is None else _of_rows(core, decoder.norm(beside.hidden), batch, False)[0]
+    return Scores(*_of_rows(core, hidden, batch, collisions), other)
+
+
+def _of_rows(core: Any, hidden: Tensor, batch: Batch, collisions: bool) -> tuple[Tensor, Tensor | None]:
     hidden = hidden[batch.sources if len(hidden) == len(batch.ids) else batch.tail.sources]
     if torch.is_autocast_enabled(hidden.device.type):  # a custom function's backward runs outside autocast
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return Scores(*ChunkedLogProbs.apply(hidden, head.weight, batch.targets, LOGITS, collisions))  # type: ignore[no-untyped-call]
+    weight = core.get_output_embeddings().weight
+    found: tuple[Tensor, Tensor | None] = ChunkedLogProbs.apply(hidden, weight, batch.targets, LOGITS, collisions)  # type: ignore[no-untyped-call]
+    return found
 
 
 def sequence_sums(token_values: Tensor, batch: Batch, sequences: int) -> Tensor:

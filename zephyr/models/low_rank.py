@@ -11,11 +11,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zephyr.models.four_bits import in_four_bits, opened
+
+DEFAULT = "default"  # the adapter that trains; all others are frozen
+
 
 def accumulate(layer: Any) -> None:
     """Let one of PEFT's LoRA layers compute that way, in place."""
     kind: Any = type(layer)
     layer.__class__ = _accumulating(kind)
+
+
+def project(projection: Any, streams: list[Tensor]) -> list[Tensor]:
+    """A layer's outputs for the policy's x [T, in] and, if given, for the reference's, which leaves out `default`.
+
+    The base weight is read, and if it has four bits dequantised, once for both.
+    """
+    if len(streams) == 1:
+        return [projection(streams[0])]
+    base = getattr(projection, "base_layer", projection)
+    policy, reference = map(opened(base) if in_four_bits(base) else base, streams)
+    if base is not projection:
+        policy = projection.add(policy, streams[0], projection.active_adapters)
+        reference = projection.add(reference, streams[1], [name for name in projection.lora_A if name != DEFAULT])
+    return [policy, reference]
 
 
 @cache
@@ -31,9 +50,11 @@ class _Accumulating:
             result: Tensor = super().forward(x, *args, **options)  # type: ignore[misc]
             return result
         result = self.base_layer(x)
-        if self.disable_adapters:
-            return result
-        for name in self.active_adapters:
+        return result if self.disable_adapters else self.add(result, x, self.active_adapters)
+
+    def add(self: Any, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """What the base makes of x, with what adapters add to it, in place where that is possible."""
+        for name in names:
             if name in self.lora_A:
                 down, up = self.lora_A[name].weight, self.lora_B[name].weight
                 narrow = F.linear(self.lora_dropout[name](x), down.to(x.dtype))

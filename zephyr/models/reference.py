@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zephyr.data.batch import Batch
-from zephyr.models import adapters
+from zephyr.models import adapters, decoder
 
 SequenceLogps = Callable[
     [Any, Batch], Tensor
@@ -54,6 +54,10 @@ class AdapterOff(nn.Module):
     def __init__(self, follows: bool) -> None:
         super().__init__()
         self.follows = follows  # then the policy was loaded with a second adapter for it
+
+    def beside(self, policy: Any) -> bool:
+        """Whether the policy's own forward pass can have the reference's log-probabilities as well."""
+        return decoder.rewritten(policy.get_base_model()) and not any(c.use_dora for c in policy.peft_config.values())
 
     def logps(self, policy: Any, batch: Batch, of: SequenceLogps) -> Tensor:
         """The reference's log-probabilities, [2B]."""

@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zephyr.data.batch import Batch
 from zephyr.dpo import DPO
-from zephyr.models.adapters import add_reference, attach, in_four_bits
+from zephyr.models.adapters import add_reference, attach
 from zephyr.models.attention import undivided
+from zephyr.models.four_bits import in_four_bits
 from zephyr.models.policy import Placement, prepare, skeleton
 from zephyr.models.reference import AdapterOff, Copy, Precomputed, Reference
 from zephyr.models.sharding import shard
