@@ -25,9 +25,10 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import Strategy
 from transformers import AutoModelForCausalLM
 
-from benchmarks import loops, machine, shapes
+from benchmarks import loops, machine, ms_swift, shapes
 from benchmarks.loops import Job, Record
 from benchmarks.turns import Finished, peak_mib
 from zephyr.data.batch import Batch, Pair
@@ -53,6 +54,7 @@ class Way(NamedTuple):
     precision: str
     optimizer: str
     checkpointing: str
+    pieces: int = 1  # in which a peer takes a step; Zephyr cuts one by tokens
 
 
 class Configuration(NamedTuple):
@@ -79,8 +81,8 @@ CONFIGURATIONS = {
     "sft": Configuration("sft", _MASTER, peer=False),
     "sft_bf16": Configuration("sft", _PURE, peer=True),
     "sft_lora": Configuration("sft", _ADAPTER, lora=True, peer=True),
-    "dpo_lora_compiled": Configuration("dpo", _ADAPTER, lora=True, compile=True),
     "qlora_dpo_memory": Configuration("dpo", _ADAPTER, lora=True, quantization="nf4", pairs=1),
+    "dpo_lora_compiled": Configuration("dpo", _ADAPTER, lora=True, compile=True),  # may take minutes: the last
 }
 
 
@@ -191,7 +193,8 @@ def measure(loop: Callable[..., None], job: Job, folder: Path, warmup: int, seco
             raise Finished
 
     record = Record(wants_gradient=False)
-    with suppress(Finished):
+    # Lightning would move weights and optimizer to the host when it ends: tens of GiB that nobody wants there.
+    with suppress(Finished), patch.object(Strategy, "teardown", lambda _: None):
         loop(job, record, folder, step_ended)
     times = [after - before for before, after in zip(ends[warmup - 1 : -1], ends[warmup:], strict=True)]
     batches = [shapes.InMemory(step).pack(list(range(len(step)))) for step in job.steps[warmup : len(ends)]]
@@ -254,13 +257,19 @@ def attempt(configuration: Configuration, run: Callable[[Way], dict[str, Any]]) 
 def run_one(
     name: str, contender: str, shape: shapes.Shape, device: str, folder: Path, steps: int, warmup: int, seconds: float
 ) -> dict[str, Any]:
-    """A configuration's figures, of Zephyr (`zephyr`) or of TRL (`trl`, `trl_best`)."""
+    """A configuration's figures, of Zephyr (`zephyr`), of TRL (`trl`, `trl_best`) or of ms-swift (`ms_swift`)."""
     configuration = CONFIGURATIONS[name]
     if contender != "zephyr":
-        if find_spec("trl") is None or find_spec("datasets") is None:
+        absent = ms_swift.missing(device)
+        if contender == "ms_swift" and absent:
+            return {"skipped": absent}
+        if contender != "ms_swift" and (find_spec("trl") is None or find_spec("datasets") is None):
             return {"skipped": "trl or datasets is not installed"}
-        # TRL holds trained weights in one dtype; its own way to save memory is checkpointing
-        configuration = configuration._replace(ways=configuration.ways[:1])
+        if contender != "ms_swift" and not absent:
+            return {"skipped": "not beside ms-swift, which takes TRL's trainer apart"}
+        # Peers hold trained weights in one dtype, and save memory by checkpointing (TRL's default) or in pieces
+        first = configuration.ways[0]
+        configuration = configuration._replace(ways=[first._replace(optimizer="adamw", pieces=n) for n in (1, 2, 4)])
 
     def run(way: Way) -> dict[str, Any]:
         job = build_job(configuration, way, shape, device, folder, steps)
@@ -273,15 +282,31 @@ def run_one(
         loop: Any = loops.zephyr_loop
         if contender != "zephyr":
             dtype = torch.bfloat16 if configuration.lora or way.precision == "bf16-true" else torch.float32
-            loop = partial(_trl, contender == "trl_best", dtype)
+            if contender == "ms_swift":
+                loop = partial(ms_swift.loop, dtype, way.pieces)
+            else:
+                loop = partial(_trl, contender == "trl_best", dtype, way.pieces)
         with random_weights(made):
             return measure(loop, job, folder, warmup, seconds)
 
     return attempt(configuration, run)
 
 
-def _trl(best: bool, dtype: torch.dtype, job: Job, record: Record, folder: Path, ended: Callable[[], None]) -> None:
-    loops.trl_loop(job, record, folder / "trl", best, ended, dtype=dtype, max_length=ROW)
+def _trl(
+    best: bool,
+    dtype: torch.dtype,
+    pieces: int,
+    job: Job,
+    record: Record,
+    folder: Path,
+    ended: Callable[[], None],
+) -> None:
+    sizes = {
+        "per_device_train_batch_size": len(job.steps[0]) // pieces,
+        "gradient_accumulation_steps": pieces,
+        "max_length": ROW,
+    }
+    loops.trl_loop(job, record, folder / "trl", best, ended, dtype=dtype, **sizes)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -290,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
-    parser.add_argument("--minutes", type=float, default=9.0, help="no configuration is begun after so long")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no configuration is begun after so long")
     parser.add_argument("--steps", type=int, default=11, help="of each loop, the warm-up among them")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     options = parser.parse_args(arguments)
@@ -316,7 +341,8 @@ def main(arguments: list[str] | None = None) -> None:
         folder = Path(name)
         shape.config().save_pretrained(folder)
         for case in options.only:
-            contenders = ["zephyr", *(["trl_best", "trl"] if CONFIGURATIONS[case].peer else [])]
+            peers = ["trl_best", "trl"] + ["ms_swift"] * (CONFIGURATIONS[case].stage == "dpo")
+            contenders = ["zephyr", *(peers if CONFIGURATIONS[case].peer else [])]
             figures: dict[str, Any] = {}
             for contender in contenders:
                 spent = time.monotonic() - began

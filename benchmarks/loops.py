@@ -164,6 +164,33 @@ def _score_completions_only(on: bool) -> None:
     _compact.on = on
 
 
+def common_options(job: Job, folder: Path) -> dict[str, Any]:
+    """What a trainer of transformers' is told in order to train as Zephyr does."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": len(job.steps[0]),
+        "max_steps": len(job.steps),
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": job.precision != "32-true",
+        "use_cpu": job.device == "cpu",
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def peft_adapter() -> Any:
+    """LORA as PEFT has it."""
+    from peft import LoraConfig
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return LoraConfig(r=LORA.rank, lora_alpha=16, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
+
+
 def trl_trainer(job: Job, folder: Path, best: bool, dtype: torch.dtype | None = None, **changes: Any) -> Any:
     """TRL's trainer: as it comes, or at its `best`, without checkpointing and scoring completions alone.
 
@@ -177,21 +204,9 @@ def trl_trainer(job: Job, folder: Path, best: bool, dtype: torch.dtype | None = 
 
     _score_completions_only(best)
     options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": len(job.steps[0]),
-        "max_steps": len(job.steps),
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
+        **common_options(job, folder),
         "max_length": MAX_LENGTH,
         "train_sampling_strategy": "sequential",
-        "bf16": job.precision != "32-true",
-        "use_cpu": job.device == "cpu",
-        "dataloader_pin_memory": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
         **({"gradient_checkpointing": False} if best else {}),
         **changes,
     }
@@ -200,25 +215,23 @@ def trl_trainer(job: Job, folder: Path, best: bool, dtype: torch.dtype | None = 
     model = AutoModelForCausalLM.from_pretrained(str(start), **kind)
     examples = [example for step in job.steps for example in step]
     common = {"model": model, "processing_class": word_tokenizer(model.config.vocab_size)}
-    if not job.preference:
-        rows = Dataset.from_list([{"input_ids": example.ids} for example in examples])
-        return SFTTrainer(args=SFTConfig(**options), train_dataset=rows, **common)
+    if job.lora:
+        common["peft_config"] = peft_adapter()
+    elif job.preference:
+        common["ref_model"] = AutoModelForCausalLM.from_pretrained(str(job.reference), **kind)
 
     class Tokenised(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # both sides are given token ids
 
-    rows = Dataset.from_list([{f"{name}_ids": ids for name, ids in pair._asdict().items()} for pair in examples])
-    if job.lora:
-        from peft import LoraConfig
-
-        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        adapter = LoraConfig(r=LORA.rank, lora_alpha=16, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
-        common["peft_config"] = adapter
+    trainer: Any
+    if job.preference:
+        rows = Dataset.from_list([{f"{name}_ids": ids for name, ids in pair._asdict().items()} for pair in examples])
+        args = DPOConfig(precompute_ref_log_probs=job.precomputed, beta=BETA, **options)
+        trainer = Tokenised(args=args, train_dataset=rows, **common)
     else:
-        common["ref_model"] = AutoModelForCausalLM.from_pretrained(str(job.reference), **kind)
-    args = DPOConfig(precompute_ref_log_probs=job.precomputed, beta=BETA, **options)
-    trainer = Tokenised(args=args, train_dataset=rows, **common)
+        rows = Dataset.from_list([{"input_ids": example.ids} for example in examples])
+        trainer = SFTTrainer(args=SFTConfig(**options), train_dataset=rows, **common)
     if job.lora:
         perturb_adapter(trainer.model)
     return trainer
@@ -226,9 +239,13 @@ def trl_trainer(job: Job, folder: Path, best: bool, dtype: torch.dtype | None = 
 
 def trl_loop(job: Job, record: Record, folder: Path, best: bool, step_ended: StepEnded, **changes: Any) -> None:
     """TRL's own loop; the changes are those of `trl_trainer`."""
+    run_trainer(trl_trainer(job, folder, best, **changes), record, step_ended)
+
+
+def run_trainer(trainer: Any, record: Record, step_ended: StepEnded) -> None:
+    """The loop of a trainer that is one of transformers'."""
     from transformers import TrainerCallback
 
-    trainer = trl_trainer(job, folder, best, **changes)
     clip, loss_of = trainer.accelerator.clip_grad_norm_, trainer.compute_loss
 
     def first_clip(parameters: Any, *args: Any, **options: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 _PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lightning", "bitsandbytes", "triton"),
-    *("flash-attn", "torchao", "liger-kernel"),
+    *("flash-attn", "torchao", "liger-kernel", "ms-swift"),
 )
 
 

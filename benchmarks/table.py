@@ -55,7 +55,10 @@ def gpu_table(result: dict[str, Any]) -> str:
             if "skipped" in f:
                 body.append([name, f"left out: {f['skipped'][:100]}", *[""] * 7])
                 continue
-            held = f"{f['precision']}, {f['optimizer']}, {f['checkpointing']}" if contender == "zephyr" else "TRL"
+            held = f"{f['precision']}, {f['optimizer']}, {f['checkpointing']}"
+            if contender != "zephyr":
+                peer = "ms-swift" if contender == "ms_swift" else "TRL"
+                held = peer if f["pieces"] == 1 else f"{peer}, a step in {f['pieces']} pieces"
             forms = {"tokens_per_second": ",.0f", "packed_tokens_per_second": ",.0f", "examples_per_second": ".1f"}
             forms |= {"seconds_a_step": ".3f", "peak_memory_gib": ".1f", "mfu": ".0%", "of_product": ".0%"}
             body.append([name, held, *(_number(f[key], form) for key, form in forms.items())])

@@ -1,5 +1,6 @@
 """The benchmarks measure the same thing on both sides, and what they say of growth holds; short forms of each."""
 
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -7,12 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from benchmarks import cpu, feedback, floor, gpu, growth, shapes, table, turns
+from benchmarks import cpu, feedback, floor, gpu, growth, ms_swift, shapes, table, turns
 from benchmarks.child import in_child
 from benchmarks.loops import Job, Record
 from zephyr.data.batch import Conversation, Pair, pack_pairs
 from zephyr.data.modules import Steps
+from zephyr.dpo import DPO
 
 LITTLE = cpu.Case(shapes.TINY, 3, shapes.uniform((20, 60), (10, 40)))
 
@@ -37,8 +40,9 @@ def first_steps(case: cpu.Case, names: tuple[str, ...], folder) -> tuple[dict[st
         LITTLE._replace(precomputed=True),
         LITTLE._replace(lora=True),
         LITTLE._replace(lengths=(30, 90)),
+        LITTLE._replace(lengths=(30, 90), lora=True),
     ],
-    ids=["full", "precomputed", "lora", "sft"],
+    ids=["full", "precomputed", "lora", "sft", "sft_lora"],
 )
 def test_both_sides_take_the_same_step(case, tmp_path):
     pytest.importorskip("trl", reason="TRL is a development dependency")
@@ -50,6 +54,38 @@ def test_both_sides_take_the_same_step(case, tmp_path):
     losses = records["zephyr"].losses
     assert abs(losses[0] - 0.693147) > 1e-3  # at ln 2 the reference would not count
     assert losses[0] != losses[1]
+
+
+def test_ms_swift_takes_the_same_step(tmp_path):
+    if (reason := ms_swift.missing("cpu")) is not None:
+        pytest.skip(reason)
+    reference, policy = shapes.save_models(shapes.TINY, tmp_path)
+    job = Job(LITTLE.steps(2, False, seed=3), reference, policy)
+    ours, theirs, halves = (Record(wants_gradient=name != "halves") for name in ("ours", "theirs", "halves"))
+    cpu.CONTENDERS["zephyr"](job, ours, tmp_path / "ours", lambda: None)
+    ms_swift.loop(torch.float32, 1, job, theirs, tmp_path / "theirs", lambda: None)
+    apart = cpu.equality(ours, theirs)
+    assert apart["loss"] < 1e-5 and apart["gradient"] < 5e-5
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+    pieces = len(job.steps[0])
+    ms_swift.loop(torch.float32, pieces, job, halves, tmp_path / "halves", lambda: None)
+    assert sum(halves.losses[:pieces]) == pytest.approx(ours.losses[0], rel=1e-5)
+
+
+def test_ms_swift_says_why_it_cannot_run(monkeypatch, tmp_path):
+    found: dict[str, str] = {}
+    monkeypatch.setattr(ms_swift.machine, "versions", lambda: found)
+    monkeypatch.setattr(ms_swift, "find_spec", lambda name: None)
+    assert ms_swift.missing("cuda") == "ms-swift is not installed"
+    found |= {"ms-swift": "4.6.0", "trl": "1.16.0"}
+    assert "below 1.0" in ms_swift.missing("cuda")
+    skipped = gpu.run_one("dpo_lora", "ms_swift", shapes.TINY, "cpu", tmp_path, steps=3, warmup=1, seconds=60)
+    assert skipped == {"skipped": ms_swift.missing("cpu")}
+    found["trl"] = "0.29.1"
+    assert "flash-attn" in ms_swift.missing("cuda")
+    assert ms_swift.missing("cpu") is None
+    skipped = gpu.run_one("dpo_lora", "trl", shapes.TINY, "cpu", tmp_path, steps=3, warmup=1, seconds=60)
+    assert "ms-swift" in skipped["skipped"]  # importing it breaks TRL's own trainer
 
 
 def test_a_gradient_or_a_loss_that_is_off_is_refused():
@@ -216,6 +252,25 @@ def test_a_gpu_row_runs_on_a_cpu(name, tmp_path):
     if name != "sft_lora":
         assert found["losses"][0] == pytest.approx(0.693147, abs=1e-5)  # policy and reference begin as one
         assert found["tokens_per_second"] > found["packed_tokens_per_second"]
+
+
+def test_no_weights_of_a_configuration_are_left_for_the_next_one(tmp_path, monkeypatch):
+    def models() -> set[int]:
+        return {id(x) for x in gc.get_objects() if isinstance(x, PreTrainedModel)}
+
+    shapes.TINY.config().save_pretrained(tmp_path)
+    gc.collect()
+    before = models()
+    given = shapes.TINY, "cpu", tmp_path, 3, 1, 60
+    assert "skipped" not in gpu.run_one("dpo_live", "zephyr", *given)
+    assert models() <= before
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(DPO, "training_step", too_large)
+    assert gpu.run_one("dpo_live", "zephyr", *given)["skipped"] == "does not fit"
+    assert models() <= before
 
 
 def test_a_token_costs_the_same_in_small_and_large_steps():
