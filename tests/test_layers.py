@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "zephyr"
 EVERYWHERE = {"zephyr", "zephyr.errors", "zephyr.settings"}  # what all may use
-ALLOWED = {  # room or module -> what it may import of those above it
+ALLOWED = {  # package or module -> what it may import of those above it
     "redact": set(),
     "command": set(),
     "progress": set(),
@@ -58,7 +58,7 @@ def imports(path: Path) -> set[str]:
 
 
 def part(path: Path) -> str:
-    """The narrowest room or module of ALLOWED that a file belongs to."""
+    """The narrowest package or module of ALLOWED that a file belongs to."""
     name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     return max((key for key in ALLOWED if (name + ".").startswith(f"{key}.")), key=len, default=name)
 
@@ -74,7 +74,7 @@ def test_imports_point_one_way():
         assert not strangers, f"{path.relative_to(ROOT)} imports {sorted(strangers)}"
 
 
-def test_no_room_needs_itself_by_way_of_another():
+def test_no_part_needs_itself_by_way_of_another():
     above: set[str] = set()
     for name, others in ALLOWED.items():
         assert {other.split(".")[0] for other in others} <= above, f"{name} stands above what it imports"
