@@ -8,12 +8,14 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import random
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import machine
 from zephyr import settings
 from zephyr.data import encode, sources
 from zephyr.data.encode import ConversationRows, Options
@@ -69,49 +72,60 @@ def trained(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def bare(tokenizer: Any, texts: list[str], cores: int) -> tuple[float, int]:
-    """Seconds of the Rust tokenizer on rendered texts, with nothing done with the result, and its tokens."""
-    os.environ["RAYON_NUM_THREADS"] = str(cores)
-    core, tokens, started = tokenizer.backend_tokenizer, 0, time.perf_counter()
-    for first in range(0, len(texts), 512):
-        tokens += sum(map(len, core.encode_batch(texts[first : first + 512], add_special_tokens=False)))
-    return time.perf_counter() - started, tokens
+def bare(tokenizer: Any, texts: list[str]) -> int:
+    """Tokens of rendered texts: the Rust tokenizer on all cores, with nothing done with what it finds."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    parts = (texts[first : first + 512] for first in range(0, len(texts), 512))
+    encode_batch = partial(tokenizer.backend_tokenizer.encode_batch, add_special_tokens=False)
+    return sum(len(encoding) for part in parts for encoding in encode_batch(part))
 
 
-def tokenising(tokenizer: Any, path: Path, rounds: int) -> dict[str, Any]:
-    """Zephyr's rate from file to arrays on each number of cores, as a share of the bare tokenizer's on one.
+def tokenising(tokenizer: Any, paths: list[Path]) -> dict[str, Any]:
+    """Zephyr's rate from file to arrays on all cores, beside the bare tokenizer's on rendered texts.
 
-    A round is the bare tokenizer on one core, then Zephyr on one, and on all. Which cores is for the kernel to say;
-    the bare tokenizer is held to one by its own environment, in this process, and so must be asked first.
+    A round takes the dialogues of one of the files, the bare tokenizer first.
     """
-    encoder = chat_format(tokenizer).encoder()
-    messages = [sources.conversation(row) for row in sources.read([path])]
-    texts = [encoder.text(conversation)[0] for conversation in messages]
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    out: dict[str, Any] = {"dialogues": len(texts), "rounds": []}
-    for _ in range(rounds):
-        seconds, tokens = bare(tokenizer, texts, 1)
-        figures = {"bare, 1 core": tokens / seconds}
-        for processes in sorted({1, encode.cores()}):
-            started = time.perf_counter()
-            done = encode.encoded(sources.chunks([path]), ConversationRows, chat_format(tokenizer), OPTIONS, processes)
-            total = sum(e.counts["tokens"] + e.counts["tokens_cut"] for e in done)
-            assert total == tokens
-            figures[f"zephyr, {processes} core{'s' * (processes > 1)}"] = tokens / (time.perf_counter() - started)
-        out["rounds"].append(figures)
-    out["tokens"] = tokens
-    out["tokens a second"] = {name: statistics.median(r[name] for r in out["rounds"]) for name in out["rounds"][0]}
-    out["share of bare, a core"] = {
-        name: statistics.median(r[name] / r["bare, 1 core"] for r in out["rounds"]) for name in out["rounds"][0]
-    }
+    form, cores = chat_format(tokenizer), encode.cores()
+    encoder = form.encoder()
+
+    def whole(path: Path) -> int:
+        done = encode.encoded(sources.chunks([path]), ConversationRows, form, OPTIONS, cores)
+        return sum(e.counts["tokens"] + e.counts["tokens_cut"] for e in done)
+
+    out: dict[str, Any] = {"dialogues": 0, "tokens": 0, "rounds": []}
+    for path in paths:
+        texts = [encoder.text(sources.conversation(row))[0] for row in sources.read([path])]
+        tokens, *of_bare = timed(bare, tokenizer, texts)
+        same, *of_zephyr = timed(whole, path)
+        assert same == tokens
+        out["rounds"].append({"bare": of_bare, "zephyr": of_zephyr, "tokens": tokens})
+        out["dialogues"] += len(texts)
+        out["tokens"] += tokens
+    for place, unit in enumerate(("second", "CPU second")):
+        rates = {n: [r["tokens"] / r[n][place] for r in out["rounds"]] for n in ("bare", "zephyr")}
+        out[f"tokens a {unit}"] = {name: statistics.median(each) for name, each in rates.items()}
+        share = statistics.median(z / b for z, b in zip(rates["zephyr"], rates["bare"], strict=True))
+        out[f"tokens a {unit}"]["share of bare"] = share
     return out
 
 
-def from_cache(tokenizer: Any, path: Path, cache: Path) -> dict[str, Any]:
+def timed(function: Callable[..., int], *arguments: Any) -> tuple[int, float, float]:
+    """What a function returns, and its seconds and CPU seconds, those of its ended processes among them."""
+    began, cpu = time.perf_counter(), _cpu()
+    found = function(*arguments)
+    return found, time.perf_counter() - began, _cpu() - cpu
+
+
+def _cpu() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def from_cache(tokenizer: Any, chats: Path, cache: Path) -> dict[str, Any]:
     """Seconds of the first start, which tokenises, and of the second, which does not; both hash and pack."""
     data = settings.ChatData(
-        train=str(path), validation=None, max_length=LENGTH, batch_size=128, micro_batch_tokens=8 * LENGTH, system=None,
-        bad_rows="error", workers=0, cache=str(cache), loss_on="assistant",
+        train=str(chats), validation=None, max_length=LENGTH, batch_size=128, micro_batch_tokens=8 * LENGTH,
+        system=None, bad_rows="error", workers=0, cache=str(cache), loss_on="assistant",
     )  # fmt: skip
     seconds = []
     for _ in range(2):
@@ -130,14 +144,18 @@ def steps(module: ChatData) -> dict[str, Any]:
         made[step]
     cpu = (time.process_time() - started) / len(made)
     waits = []
-    module.max_steps = 6
+    module.max_steps = 12
     loader = iter(module.train_dataloader())
-    for _ in range(6):
+    for _ in range(12):
         started = time.perf_counter()
         next(loader)
         waits.append(time.perf_counter() - started)
         time.sleep(1.0)
-    return {"step of 128 rows (ms of CPU)": 1e3 * cpu, "waiting for a step (ms)": 1e3 * statistics.median(waits[1:])}
+    return {
+        "step of 128 rows (ms of CPU)": 1e3 * cpu,
+        "waiting for the first step (ms)": 1e3 * waits[0],
+        "longest wait of a later step (ms)": 1e3 * max(waits[1:]),
+    }
 
 
 def packing(module: ChatData) -> dict[str, Any]:
@@ -180,20 +198,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dialogues", type=int, default=200_000)
     parser.add_argument("--chats", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8, help="among which the dialogues are shared out")
     parser.add_argument("--output", type=Path, required=True)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = asked.chats or Path(folder) / "chats.jsonl"
-        if asked.chats is None:
-            with path.open("w") as file:
-                file.writelines(json.dumps({"messages": d}) + "\n" for d in dialogues(asked.dialogues))
-        some = itertools.islice(sources.read([path]), 3000)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "chats")
+        folder.mkdir()
+        given = map(sources.conversation, sources.read([asked.chats])) if asked.chats else dialogues(asked.dialogues)
+        paths = [folder / f"{number}.jsonl" for number in range(asked.rounds)]
+        with ExitStack() as stack:
+            files = [stack.enter_context(path.open("w")) for path in paths]
+            for file, messages in zip(itertools.cycle(files), given, strict=False):
+                file.write(json.dumps({"messages": messages}) + "\n")
+        some = itertools.islice(sources.read(paths), 3000)
         tokenizer = trained(m["content"] for row in some for m in sources.conversation(row))
         result = {
-            "machine": {"cpu": platform.processor() or platform.machine(), "cores": encode.cores()},
-            "tokenising": tokenising(tokenizer, path, asked.rounds),
-            **from_cache(tokenizer, path, Path(folder) / "cache"),
+            "versions": machine.versions(),
+            "machine": machine.machine(),
+            "tokenising": tokenising(tokenizer, paths),
+            **from_cache(tokenizer, folder, Path(name, "cache")),
         }
     asked.output.write_text(json.dumps(result, indent=2) + "\n")
     show(result)

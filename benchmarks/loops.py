@@ -214,7 +214,7 @@ def trl_trainer(job: Job, folder: Path, best: bool, dtype: torch.dtype | None = 
     start = job.reference if job.lora else job.policy
     model = AutoModelForCausalLM.from_pretrained(str(start), **kind)
     examples = [example for step in job.steps for example in step]
-    common = {"model": model, "processing_class": word_tokenizer(model.config.vocab_size)}
+    common: dict[str, Any] = {"model": model, "processing_class": word_tokenizer(model.config.vocab_size)}
     if job.lora:
         common["peft_config"] = peft_adapter()
     elif job.preference:

@@ -88,6 +88,8 @@ def main(paths: list[str]) -> None:
     """Print the table of each file."""
     for path in paths:
         result = json.loads(Path(path).read_text())
+        if not {"ratios", "attention_apart", "memory"} & set(result):
+            continue  # no training steps: its figures are in the docs
         about = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         table = cpu_table if "ratios" in result else gpu_table if "attention_apart" in result else growth_table
         device = result["machine"].get("gpu", {}).get("name", result["machine"]["cpu"])
