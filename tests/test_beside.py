@@ -18,7 +18,7 @@ from tests.test_parity import ADAMW
 from zephyr import distributed
 from zephyr.data.batch import pack_pairs
 from zephyr.dpo import DPO
-from zephyr.models import adapters
+from zephyr.models import adapters, decoder
 from zephyr.models.logps import token_scores
 from zephyr.models.policy import Placement, load_policy
 from zephyr.models.reference import AdapterOff
@@ -121,6 +121,15 @@ def test_dropout_is_the_policys_alone_and_falls_as_without_the_reference(mistral
     with adapters.default_off(policy), torch.no_grad():
         assert_close(both.reference, token_scores(policy, BATCH).logps, rtol=1e-6, atol=1e-6)
     assert (both.logps - token_scores(policy.eval(), BATCH).logps).abs().max() > 1e-4
+
+
+def test_a_layer_computed_again_is_the_policys_alone(mistral, monkeypatch):
+    """Three layers: attention of both streams forward, of one backward."""
+    policy = moved(load_policy(mistral, None, tiny.model_settings(tiny.lora(), None, "full"), PLACE))
+    calls, attend = [], decoder.attend
+    monkeypatch.setattr(decoder, "attend", lambda *args: calls.append(args) or attend(*args))
+    step(policy)
+    assert len(calls) == 3 * 2 + 3 * (2 + 1)  # the log-probabilities' own pass, then that of the loss
 
 
 def test_where_one_pass_cannot_be_there_are_two(mistral, tmp_path):
