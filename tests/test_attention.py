@@ -114,6 +114,9 @@ def test_the_plan_for_a_variable_length_kernel_means_the_same(window, tail):
     assert_close(emulated(query, key[g.keys], value[g.keys], g, 0.3, window, 0.0), ours)
 
 
+def oldest(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=False): ...
+
+
 def old(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=False, scale=None): ...
 
 
@@ -123,6 +126,7 @@ def new(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=
 @pytest.mark.parametrize(
     ("signature", "window", "wanted"),
     [
+        (oldest, None, {"is_causal": True}),
         (old, None, {"scale": 0.3, "is_causal": True}),
         (new, None, {"scale": 0.3, "window_size": (-1, 0), "enable_gqa": True}),
         (new, 3, {"scale": 0.3, "window_size": (2, 0), "enable_gqa": True}),
@@ -136,8 +140,9 @@ def test_torchs_kernel_is_asked_in_the_words_of_its_version(signature, window, w
         return query
 
     g = PLAN.gather
-    query, key = torch.zeros(len(BATCH.ids), 4, 8), torch.zeros(len(g.keys), 2, 8)
-    assert _torch_kernel(recording)(query, key, key, g, 0.3, window, 0.0) is query
-    if signature is old:
+    query, key = torch.ones(len(BATCH.ids), 4, 16), torch.zeros(len(g.keys), 2, 16)
+    asked = _torch_kernel(recording)(query, key, key, g, 0.3, window, 0.0)
+    assert_close(asked, query if "scale" in wanted else torch.full_like(query, 0.3 * 4))
+    if signature in (old, oldest):
         with pytest.raises(RuntimeError, match="no sliding window"):
             _torch_kernel(recording)(query, key, key, g, 0.3, 3, 0.0)

@@ -208,7 +208,11 @@ def _torch_kernel(varlen_attn: Any) -> Kernel:
     def kernel(
         query: Tensor, key: Tensor, value: Tensor, g: Gather, scale: float, window: int | None, dropout: float
     ) -> Tensor:
-        options: dict[str, Any] = {"scale": scale}
+        options: dict[str, Any] = {}
+        if "scale" in accepted:
+            options["scale"] = scale
+        else:
+            query = query * (scale * query.shape[-1] ** 0.5)  # the kernel itself divides by the root
         if "window_size" in accepted:
             options["window_size"] = (-1 if window is None else window - 1, 0)
         elif window is None:
