@@ -12,8 +12,10 @@ from torch.autograd.function import once_differentiable
 from zephyr.data.batch import Batch
 from zephyr.models.attention import Plan
 from zephyr.models.decoder import Beside
+from zephyr.models.functions import product, product_over_rows
 
 LOGITS = 2**26  # that exist at once: 256 MiB in fp32, 2,097 scored tokens at 32,000 entries
+_AT_ONCE = 256  # rows of logits that exist beside the buffer, on a CPU
 
 
 class Scores(NamedTuple):
@@ -115,7 +117,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         weight_in_use = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Chunks add up in fp32 whatever the weights' dtype: rounding each partial sum would lose small gradients.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_weight: Tensor | None = None
         for rows in reversed(ctx.chunks):
             powers = buffer[: rows.stop - rows.start]
             if rows is not ctx.chunks[-1]:
@@ -123,21 +125,23 @@ class ChunkedLogProbs(torch.autograd.Function):
             powers.mul_((-grad[rows] / sums[rows])[:, None]).scatter_add_(1, targets[rows, None], grad[rows, None])
             grad_logits = powers.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight_in_use, out=grad_hidden[rows])
-            if grad_weight is not None:
-                if hidden.dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.T, hidden[rows])
-                else:
-                    grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+                grad_hidden[rows] = product(grad_logits, weight_in_use.T)
+            if wants_weight:
+                by_chunk = product_over_rows(grad_logits, hidden[rows]).float()
+                grad_weight = by_chunk if grad_weight is None else grad_weight.add_(by_chunk)
+        if wants_weight:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _products(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """hidden @ weight.T in fp32, in the buffer's first rows."""
     rows = buffer[: len(hidden)]
-    if hidden.dtype == torch.float32:
-        return torch.mm(hidden, weight.T, out=rows)
-    return rows.copy_(hidden @ weight.T)
+    if hidden.device.type != "cpu":
+        return torch.mm(hidden, weight.T, out=rows) if hidden.dtype == rows.dtype else rows.copy_(hidden @ weight.T)
+    for some, of in zip(rows.split(_AT_ONCE), hidden.split(_AT_ONCE), strict=True):
+        some.copy_(product(of, weight))
+    return rows
 
 
 def _chunks(rows: int, most: int) -> list[slice]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -19,6 +20,7 @@ from zephyr.models.adapters import add_reference, attach, check_quantised, check
 from zephyr.models.attention import SEGMENTS
 from zephyr.models.decoder import Checkpointing, rewrite
 from zephyr.models.float8 import check_float8, use_float8
+from zephyr.models.functions import Linear
 from zephyr.models.lineage import lineage
 from zephyr.models.sharding import load_rows, shard, weight_files
 from zephyr.settings import Lora, Model
@@ -147,6 +149,9 @@ def _load(path: str, revision: str | None, model: Model, placement: Placement, d
 
 def prepare(core: Any, checkpointing: Checkpointing, compiled: bool = False) -> None:
     """Set how the layers compute: what is computed again in the backward pass, and whether they are compiled."""
+    for module in core.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
     if rewrite(core, checkpointing, compiled):
         return
     kind = type(core).__name__
