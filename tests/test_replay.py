@@ -78,7 +78,7 @@ def test_a_recorded_completion_is_the_answer(tmp_path):
         Request("ant", [turn("Hi")]),
     ]
     (ant, bee, why, *missing), client = ask(tmp_path / "l.sqlite", models(path, "ant", "bee"), requests)
-    assert ant == Reply("Crumbs.", "ant", "stop", seconds=ant.seconds)  # nobody knows its tokens
+    assert ant == Reply("Crumbs.", "ant", "stop", cost=0.0, seconds=ant.seconds)  # nobody knows its tokens
     assert bee == Reply("Honey, I think.", "bee-v2", "length", 9, 4, None, 0.0, bee.seconds)
     assert why.text == "Because."
     assert [(failure.cause, failure.detail) for failure in missing] == [

@@ -257,7 +257,7 @@ class Client:
 
     def _reply(self, ask: _Ask, completion: dict[str, Any], seconds: float, attempts: int, waste: float) -> Reply:
         prompt, answer, cached = _usage(completion)
-        cost = None
+        cost = None if ask.most else 0.0
         if prompt is not None and answer is not None:
             cost = ask.model.price.cost(prompt, answer, cached or 0)
         elif ask.most:
