@@ -2,8 +2,9 @@
 
 Each segment is ordinary causal attention: its tokens see the segment's prefix (the prompt of a branched pair) and
 each other. No dense [T, T] mask exists. On CUDA all segments are one call of a variable-length flash kernel, whose
-keys are gathered so that a branch finds its prompt in front of it; elsewhere each segment is a call of torch's
-scaled-dot-product attention. Importing this module registers it with transformers as "segments".
+keys are gathered so that a branch finds its prompt in front of it. In fp32 on a CPU it is written out, a block of
+queries at a time; elsewhere each segment, or block, is a call of torch's scaled-dot-product attention. Importing this
+module registers it with transformers as "segments".
 
 Letters: T tokens of the row, R rows that ask, H heads of queries, K heads of keys, E size of a head.
 """
@@ -20,9 +21,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from zephyr.data.batch import Segment
+from zephyr.models.functions import product, product_over_rows
 
 SEGMENTS = "segments"
 _block: float = 128  # queries, about; of 64 to 256 the fastest on a CPU at heads of 32 and of 64
@@ -55,7 +58,7 @@ class Block(NamedTuple):
 
     queries: int  # their number; blocks are in the order of the rows that ask
     pieces: list[int]  # which of the row's pieces hold the keys
-    mask: Tensor | None  # what is added to the scores, [queries, keys]; None where plain causal attention is the same
+    mask: Tensor | None  # what is added to the scores, [queries, keys]; None where a kernel's own causal mask will do
 
 
 class Plan:
@@ -71,20 +74,21 @@ class Plan:
     def blocks(self, window: int | None, dtype: torch.dtype) -> tuple[list[int], list[Block]]:
         """Lengths of the pieces that the row's keys are cut into, and the blocks of queries.
 
-        On a CPU a segment's queries are asked a block at a time: of the keys behind the last query of a call, as of
-        those before the first one's window, the kernel computes the scores and then hides them.
+        On a CPU a segment's queries are asked a block at a time: of the keys behind the last query of a block, as of
+        those before the first one's window, the scores would be computed and then hidden.
         """
         if (window, dtype) not in self._blocks:
             self._blocks[window, dtype] = self._cut(window, dtype)
         return self._blocks[window, dtype]
 
     def _cut(self, window: int | None, dtype: torch.dtype) -> tuple[list[int], list[Block]]:
+        divided = self.device.type == "cpu" and math.isfinite(_block)
         spans = []  # of each block: number of queries, and its keys as ranges of the row
         for start, end, prefix_start, prefix_end in self.segments:
-            prefix, parts = prefix_end - prefix_start, 1
-            if self.device.type == "cpu":
-                parts = max(1, round((end - start) / _block))
-            edges = [start + (end - start) * i // parts for i in range(parts + 1)]
+            prefix = prefix_end - prefix_start
+            # equal but for the last, so that few shapes of products occur: oneDNN makes itself ready for each of them
+            parts = max(1, round((end - start) / _block)) if divided else 1
+            edges = [*(start + int(_block) * i for i in range(parts)), end] if divided else [start, end]
             for first, last in pairwise(edges):
                 unseen = 0 if window is None else max(0, prefix + first - start - window + 1)
                 before = min(prefix_start + unseen, prefix_end), prefix_end
@@ -97,7 +101,7 @@ class Plan:
         for queries, keys in spans:
             size = queries, sum(end - start for start, end in keys)
             if size not in masks:
-                causal = size[0] == size[1] and (window is None or size[1] <= window)
+                causal = not divided and size[0] == size[1] and (window is None or size[1] <= window)
                 masks[size] = None if causal else _mask(*size, window, dtype, self.device)
             pieces = [index for start, end in keys for index in range(piece_at[start], piece_at[end])]
             blocks.append(Block(queries, pieces, masks[size]))
@@ -131,11 +135,15 @@ def attend(
         g = plan.gather
         window = None if window is None or g.most_keys <= window else window
         return kernel(query, key[g.keys], value[g.keys], g, scale, window, dropout)
+    cuts, blocks = plan.blocks(window, query.dtype)
+    masked = all(block.mask is not None for block in blocks)
+    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and masked and not dropout:
+        result: Tensor = Blockwise.apply(query, key, value, cuts, blocks, scale, window)  # type: ignore[no-untyped-call]
+        return result
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # One split, because its backward is one concatenation; a slice's is a zero-filled copy of the whole row.
-    cuts, blocks = plan.blocks(window, query.dtype)
     keys, values = key.split(cuts), value.split(cuts)
     outputs = []
     for q, block in zip(query.split([block.queries for block in blocks]), blocks, strict=True):
@@ -145,6 +153,79 @@ def attend(
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask, is_causal=block.mask is None, **options)
         outputs.append(o[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+class Blockwise(torch.autograd.Function):
+    """p v with p = softmax(scale q k^T + mask), for each block of queries and head of keys.
+
+    The heads of queries that share a head of keys are rows of the same products. With g the gradient of the result and
+    s = p (g v^T - sum of p g v^T over keys), the gradient of q is scale s k, that of k scale s^T q, that of v p^T g.
+    The backward computes p again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cuts: list[int],
+        blocks: list[Block],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        ctx.plan = cuts, blocks, scale, window
+        result = torch.empty(query.shape, dtype=query.dtype)
+        q, out = _by_head(query, key).contiguous(), _by_head(result, key)
+        k, v = (key * scale).transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+        ctx.save_for_backward(q, k, v)
+        sizes = [block.queries for block in blocks]
+        for q_head, o_head, *pieces in zip(q, out, *(_pieces(side, cuts) for side in (k, v)), strict=True):
+            for block, rows, o in zip(blocks, q_head.split(sizes), o_head.split(sizes), strict=True):
+                keys, values = (torch.cat([side[i] for i in block.pieces]) for side in pieces)
+                o.copy_(product(_weights(rows, keys, block, window), values.T).view(o.shape))
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cuts, blocks, scale, window = ctx.plan
+        q, k, v = ctx.saved_tensors
+        by_query, by_key, by_value = torch.empty(grad.shape, dtype=grad.dtype), torch.zeros_like(k), torch.zeros_like(v)
+        rowwise = q, _by_head(grad, by_key.transpose(0, 1)).contiguous(), _by_head(by_query, by_key.transpose(0, 1))
+        sizes = [block.queries for block in blocks]
+        sides = (_pieces(side, cuts) for side in (k, v, by_key, by_value))
+        for q_head, g_head, by_head, *pieces in zip(*rowwise, *sides, strict=True):
+            split = (x.split(sizes) for x in (q_head, g_head, by_head))
+            for block, rows, g, by_rows in zip(blocks, *split, strict=True):
+                keys, values = (torch.cat([side[i] for i in block.pieces]) for side in pieces[:2])
+                p, g = _weights(rows, keys, block, window), g.flatten(0, 1)
+                s = torch._softmax_backward_data(product(g, values), p, -1, p.dtype)
+                by_rows.copy_(product(s, keys.T).view(by_rows.shape))
+                found = product_over_rows(s, rows.flatten(0, 1)), product_over_rows(p, g)
+                for side, by_block in zip(pieces[2:], found, strict=True):
+                    for i, part in zip(block.pieces, by_block.split([cuts[i] for i in block.pieces]), strict=True):
+                        side[i].add_(part)
+        return by_query, by_key.mul_(scale).transpose(0, 1), by_value.transpose(0, 1), None, None, None, None
+
+
+def _by_head(rows: Tensor, key: Tensor) -> Tensor:
+    """A view of [R, H, E] as [K, R, H / K, E]; key [T, K, E]."""
+    return rows.unflatten(1, (key.shape[1], -1)).transpose(0, 1)
+
+
+def _pieces(side: Tensor, cuts: list[int]) -> list[tuple[Tensor, ...]]:
+    """Of each head of keys or values [K, T, E] the pieces."""
+    return [head.split(cuts) for head in side]
+
+
+def _weights(rows: Tensor, keys: Tensor, block: Block, window: int | None) -> Tensor:
+    """Of each key, for queries [n, H / K, E] -> [n * H / K, keys]."""
+    scores = product(rows.flatten(0, 1), keys)
+    assert block.mask is not None
+    ends = block.queries if window is None else len(keys)  # how many of the last keys are hidden from anyone
+    scores.view(*rows.shape[:2], -1)[..., -ends:].add_(block.mask[:, None, -ends:])
+    return scores.softmax(-1)
 
 
 def segment_attention(
