@@ -1,6 +1,7 @@
 """The truecaser: what it mends, what it leaves alone, and how its table is counted."""
 
 import gzip
+import importlib
 import json
 import random
 from collections import Counter
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from benchmarks import truecasing
 from zephyr.data.truecase import DEFAULT_TABLE, Truecaser, faults, truecase
 from zephyr.data.truecase.casing import Table, learn, merge
+from zephyr.data.truecase.lowered import LowerMessage
 from zephyr.data.truecase.mending import KINDS, Change
 from zephyr.errors import UserError
+
+PACKAGE = importlib.import_module("zephyr.data.truecase")
 
 MENDED = [
     ("hello there. how are you?", "Hello there. How are you?"),
@@ -155,6 +159,18 @@ def test_of_any_text_only_the_case_changes_and_only_once(text: str) -> None:
         assert text[change.start : change.start + len(change.before)] == change.before
         rebuilt[change.start : change.start + len(change.after)] = change.after
     assert "".join(rebuilt) == once
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(_FRAGMENTS, max_size=20).map(lambda parts: " ".join(["It rained. We've", *parts])))
+def test_what_is_passed_by_has_no_fault(text: str) -> None:
+    tokens = frozenset(PACKAGE._TOKENS.findall(text))
+    assert faults(text) == LowerMessage(PACKAGE.default()._odds, text, tokens).changes()
+
+
+def test_a_faultless_text_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PACKAGE, "LowerMessage", None)
+    assert faults("We thought they'll come,\nyet we've seen nobody, as you'd have said.") == []
 
 
 def test_counts_by_hand() -> None:

@@ -25,21 +25,24 @@ class Truecaser:
 
     def __init__(self, table: Table) -> None:
         self._odds = Odds(table)
-        # of each name the longest piece in plain letters, which a look at the bytes can find; contractions have an i
+        # of each name the longest piece in plain letters, which a look at the bytes can find; those with an i alone,
+        # as the contractions of the pronoun, are found by that, where their ends would find "we've" and "they'll" too
         pieces = [_pieces(name) for name in self._odds.names]
-        self._triggers = frozenset(max(found, key=len) for found in pieces if found) | {b"i"}
+        self._triggers = frozenset(max(found, key=len) for found in pieces if found and b"i" not in found) | {b"i"}
 
     def truecase(self, text: str) -> str:
         """The text with its lost capitals, of the same length."""
-        return applied(text, self.faults(text))
+        changes = self.faults(text)
+        return applied(text, changes) if changes else text
 
     def faults(self, text: str) -> list[Change]:
         """The changes that `truecase` makes, by position; a word is changed once."""
+        # in a message that has a capital, a line that is not the first says nothing of where a sentence begins
         if (
             self._triggers.isdisjoint(_pieces(text))
+            and not LINE.match(text)
             and CAPITAL.search(text)
             and not BOUNDARY.search(text)
-            and not LINE.search(text)
         ):
             return []
         return LowerMessage(self._odds, text, frozenset(_TOKENS.findall(text))).changes()

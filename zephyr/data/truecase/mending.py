@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 from zephyr.data.truecase.casing import WORD, base
@@ -73,10 +74,20 @@ class Message:
         self.text = text
         self.tokens = tokens
         self.foreign = not FOREIGN.isdisjoint(tokens)
-        self.kept = kept_spans(text)
-        self.code: dict[int, bool] | None = {} if may_hold_code(text) else None
         self.all_lower = not CAPITAL.search(text)
         self.found: dict[int, Change] = {}
+
+    # a message may turn out to have no fault before anything asks for these two, which cost half of its time
+
+    @cached_property
+    def kept(self) -> list[tuple[int, int]]:
+        """The stretches that are no prose."""
+        return kept_spans(self.text)
+
+    @cached_property
+    def code(self) -> dict[int, bool] | None:
+        """Whether the line that starts there is code, as far as it was asked; None where no line can be."""
+        return {} if may_hold_code(self.text) else None
 
     def changes(self) -> list[Change]:
         """All changes, by position."""
@@ -135,7 +146,7 @@ class Message:
             if self._line_starts(match):
                 yield match.end()
         for match in BOUNDARY.finditer(text):
-            if self._ends(match):
+            if self._ends(match) and not self._in_kept(match.start()):
                 yield match.end()
 
     def _line_starts(self, match: re.Match[str]) -> bool:
@@ -159,7 +170,7 @@ class Message:
         next_word = following.group().lower() if following else ""
         before = _PREVIOUS.search(text, max(0, match.start() - 40), match.start())
         token = before.group(1) if before else ""
-        if text[match.start() - 1 : match.start()].isspace() or self._in_kept(match.start()):
+        if text[match.start() - 1 : match.start()].isspace():
             return False
         if mark == "…" or text[match.start() - 1 : match.start()] in (".", "…"):
             return False
