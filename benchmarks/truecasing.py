@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from zephyr.data.truecase import DEFAULT_TABLE, Truecaser
-from zephyr.data.truecase.casing import Table, learn
+from zephyr.data.truecase.casing import Table, learn, merge
 
 Caser = Callable[[str], str]
 
@@ -26,8 +26,8 @@ _TOKEN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 PROTOCOL = (
     "A tenth of the documents, drawn by a hash of their name and the seed, is held out; sacremoses is trained on the "
-    "rest, truecase and Zephyr come with tables of their own (zephyr_retrained: learned from the rest, as "
-    "sacremoses). Corrupted: every capital that begins a sentence, and every lone I, is lost with probability 0.5. "
+    "rest, truecase and Zephyr come with tables of their own (zephyr_retrained: the rest counted "
+    "onto it). Corrupted: every capital that begins a sentence, and every lone I, is lost with probability 0.5. "
     "Both others are given sentences cut at . ! ?; truecase's tokens are those of the tokeniser it uses, sacremoses' "
     "a faster one's of words and marks, and its output goes through its own detruecaser, which capitalises starts. "
     "right: share of the changed characters that are as in the original. mended: share of the lost capitals that came "
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     makers: dict[str, Callable[[], Caser]] = {"zephyr": lambda: Truecaser(Table.load(options.table)).truecase}
     if not options.alone:
         makers |= {
-            "zephyr_retrained": lambda: Truecaser(learn(rest).pruned()).truecase,
+            "zephyr_retrained": lambda: Truecaser(merge([Table.load(options.table), learn(rest)]).pruned()).truecase,
             "truecase": truecase_peer,
             "sacremoses": lambda: sacremoses_peer(rest),
         }

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from zephyr.data import sources
+from zephyr.data.truecase.casing import Table
 from zephyr.prepare import ultrachat, ultrafeedback
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +179,13 @@ def test_feedback_becomes_pairs(tmp_path: Path) -> None:
 def test_a_table_counted_on_own_text_is_used(tmp_path: Path) -> None:
     text = "At noon we met our friend Zorblat near the bridge, where everyone had been waiting since the morning."
     source = written(tmp_path / "text.jsonl", [{"text": text + f" It was day {n}."} for n in range(50)])
-    prepare("truecaser", f"input={source}", f"output={tmp_path / 'table.gz'}")
+    prepare("truecaser", f"input={source}", f"output={tmp_path / 'alone.gz'}", "onto=null")
+    prepare("truecaser", f"input={source}", f"output={tmp_path / 'table.gz'}", f"onto={tmp_path / 'alone.gz'}")
+    one, two = (Table.load(tmp_path / name) for name in ("alone.gz", "table.gz"))
+    assert (one.forms["Zorblat"], two.forms["Zorblat"], "London" in two.forms) == (50, 100, False)
+    prepare("truecaser", f"input={source}", f"output={tmp_path / 'default.gz'}")
+    three = Table.load(tmp_path / "default.gz")
+    assert three.forms["Zorblat"] == 50 and "London" in three.forms
     chat = written(tmp_path / "chat.jsonl", [dialogue("we met zorblat at noon. did everyone like zorblat?")])
     options = [f"truecase={tmp_path / 'table.gz'}", "splits.test_sft=0", "near_duplicates=null"]
     prepare("ultrachat", f"input={chat}", f"output={tmp_path / 'out'}", *options)

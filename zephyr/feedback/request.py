@@ -53,7 +53,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Reply:
-    """A completed answer. Tokens are None where the server does not count them, and so is the cost of what has a price."""
+    """A completed answer. Where the server counts no tokens they are None, and so is the cost of what has a price."""
 
     text: str
     model: str  # as the server returned it

@@ -100,6 +100,7 @@ class Casing:
 
     input: Text
     output: Text  # file of the table
+    onto: Text | None  # the table that the counts are added to; default: the one that comes with Zephyr
     processes: Count | None
 
 

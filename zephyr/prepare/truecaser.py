@@ -7,6 +7,7 @@ from typing import Any
 from zephyr.data import pool, sources
 from zephyr.data.messages import BadRow, Row
 from zephyr.data.sources import Chunk
+from zephyr.data.truecase import load
 from zephyr.data.truecase.casing import Table, learn, merge
 from zephyr.errors import UserError, check_writable
 from zephyr.prepare.folder import durable
@@ -26,6 +27,7 @@ def run(config: dict[str, Any]) -> Path:
     if not output.parent.is_dir():
         raise UserError(f"output: there is no folder {output.parent}.")
     check_writable(output, "output")
+    onto = [] if settings.onto is None else [load(settings.onto)]
     pieces = (
         chunk for path in sources.files(settings.input, "input") for chunk in sources.file_chunks(path, _ROWS, _BYTES)
     )
@@ -34,7 +36,7 @@ def run(config: dict[str, Any]) -> Path:
     if not table.words:
         raise UserError(f"input: {settings.input} holds no text to count.")
     with durable(output) as path:
-        table.pruned().save(path)
+        merge([*onto, table]).pruned().save(path)
     print(f"{table.words:,} words counted: {output}. Use it as truecase={output}.")
     return output
 

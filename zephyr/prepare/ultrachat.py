@@ -13,8 +13,7 @@ from zephyr.data.filters import RULES
 from zephyr.data.messages import Message, Row
 from zephyr.data.overlap import Contamination, Signatures
 from zephyr.data.sources import turns
-from zephyr.data.truecase import Truecaser, default
-from zephyr.data.truecase.casing import Table
+from zephyr.data.truecase import Truecaser, default, load
 from zephyr.data.truecase.mending import applied
 from zephyr.prepare import engine
 from zephyr.prepare.settings import Dialogues, job_of
@@ -96,7 +95,7 @@ class UltraChat:
         table = self.settings.truecase
         if table is None:
             return None
-        return default() if table == "default" else Truecaser(Table.load(Path(table)))
+        return default() if table == "default" else Truecaser(load(table))
 
     @cached_property
     def _contamination(self) -> Contamination | None:

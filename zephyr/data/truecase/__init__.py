@@ -53,10 +53,15 @@ def _pieces(text: str) -> list[bytes]:
     return text.encode(errors="replace").translate(_LETTERS).split()
 
 
+def load(table: str) -> Table:
+    """The table of a file; `default` is the one that comes with Zephyr. Raises UserError."""
+    return Table.load(DEFAULT_TABLE if table == "default" else Path(table))
+
+
 @cache
 def default() -> Truecaser:
     """The truecaser of the table that comes with Zephyr."""
-    return Truecaser(Table.load(DEFAULT_TABLE))
+    return Truecaser(load("default"))
 
 
 def faults(text: str) -> list[Change]:
