@@ -10,10 +10,12 @@ from functools import partial
 
 import pytest
 
+from zephyr.errors import UserError
 from zephyr.feedback import http
 from zephyr.feedback.http import BadResponse, Broken, Http, NotConnected, TooLarge
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 BOUND = 1000
 
 
@@ -90,7 +92,7 @@ def test_what_is_sent_to_the_byte():
     ("said", "status", "content"),
     [
         ((OK[:20], 0.02, OK[20:-1], 0.02, OK[-1:]), 200, b"hi"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nh\r\n1;x=y\r\ni\r\n0\r\nTrailer: x\r\n\r\n", 200, b"hi"),
+        (CHUNKED + b"1\r\nh\r\n1;x=y\r\ni\r\n0\r\nTrailer: x\r\n\r\n", 200, b"hi"),
         ((b"HTTP/1.1 200 OK\r\n\r\nall there is", b""), 200, b"all there is"),
         ((b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi", b""), 200, b"hi"),
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK, 200, b"hi"),
@@ -111,11 +113,14 @@ def test_what_ends_a_response(said, status, content):
         (None, Broken),
         ((b"HTTP/1.1 200 O", b""), BadResponse),
         ((OK[:-1], b""), BadResponse),
-        ((b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nh", b""), BadResponse),
+        ((CHUNKED + b"2\r\nh", b""), BadResponse),
         ((b"HTTP/1.1 100 Continue\r\n\r\n", b""), BadResponse),
         (b"<html>hello</html>", BadResponse),
         (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n", BadResponse),
         (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 300_000, BadResponse),
+        ((CHUNKED + b"1\r\nh\r\n0\r\nX: " + b"y" * 300_000, 5), BadResponse),
+        ((CHUNKED + b"1\r\nh\r\n0\r\n" + b"X: y\r\n" * 50_000, 5), BadResponse),
+        ((CHUNKED + b"1;" + b"y" * 300_000, 5), BadResponse),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 1001\r\n\r\n" + b"x" * 1001, TooLarge),
         ((b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 1001, b""), TooLarge),
         ((OK[:-1], 5), TimeoutError),
@@ -147,6 +152,31 @@ def test_what_a_connection_is_kept_for(said, connections):
     assert script.connections == connections and len(script.requests) == 3
 
 
+def test_a_body_may_come_byte_by_byte(monkeypatch):
+    monkeypatch.setattr(http, "_HEAD", 100)
+    chunks = b"1\r\nx\r\n" * (BOUND // 2)
+    (answer,) = ask(Script((CHUNKED + chunks, 0.02, chunks, 0.02, b"0\r\n\r\n")))
+    assert answer.content == b"x" * BOUND
+
+
+def test_what_was_answered_before_it_was_read_leaves_nothing_to_the_next():
+    class Early(Script):
+        async def serve(self, reader, writer):
+            self.connections += 1
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 413 No\r\nContent-Length: 0\r\n\r\n")
+
+    async def run():
+        async with Early() as script:
+            client = Http(f"http://127.0.0.1:{script.port}", {}, 1.0, 1.0, BOUND)
+            for _ in range(2):
+                answer = await client.request("POST", "/", b"x" * 16_000_000, "", lambda: None)
+                assert answer.status == 413
+            assert script.connections == 2
+
+    asyncio.run(run())
+
+
 def test_a_connection_that_was_long_idle_is_not_used(monkeypatch):
     monkeypatch.setattr(http, "_IDLE", 0.02)
     script = Script(OK)
@@ -176,11 +206,31 @@ def test_who_is_cancelled_leaves_no_answer_to_the_next():
     asyncio.run(run())
 
 
-def test_a_place_is_free_in_time_for_the_connection_to_be_used_again():
-    """What waits for the place is woken before who waits for the answer, and finds the connection."""
+def test_who_is_cancelled_when_his_answer_is_in_leaves_the_connection_to_the_next():
+    async def run():
+        async with Script(OK, (0.05, OK.replace(b"hi", b"ho"))) as script:
+            client = Http(f"http://127.0.0.1:{script.port}", {}, 1.0, 1.0, BOUND)
+            tasks = []
+
+            def free():
+                tasks.append(asyncio.create_task(client.request("GET", "/", b"", "", lambda: None)))
+                asyncio.get_running_loop().call_soon(first.cancel)
+
+            first = asyncio.create_task(client.request("GET", "/", b"", "", free))
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            assert (await tasks[0]).content == b"ho" and script.connections == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("said", "connections"), [(OK, 1), ((OK, b""), 2)])
+def test_a_place_is_free_in_time_for_the_connection_to_be_used_again(said, connections):
+    """What waits for the place is woken before who waits for the answer, and finds the connection; if the server has
+    closed it without a word, another."""
 
     async def run():
-        async with Script(OK) as script:
+        async with Script(said) as script:
             client = Http(f"http://127.0.0.1:{script.port}", {}, 1.0, 1.0, BOUND)
             order, place = [], asyncio.Event()
 
@@ -194,7 +244,7 @@ def test_a_place_is_free_in_time_for_the_connection_to_be_used_again():
             await client.request("GET", "/", b"", "", place.set)
             order.append("read")
             await waiting
-            assert order == ["sent", "read"] and script.connections == 1
+            assert order == ["sent", "read"] and script.connections == connections
 
     asyncio.run(run())
 
@@ -269,6 +319,11 @@ def test_a_certificate_must_be_known_and_name_the_host(trusted, monkeypatch):
     assert not script.requests
 
 
+def test_what_is_not_connected_in_time_has_not_been_sent(trusted):
+    (outcome,) = ask(Script(OK), 1, "https", "localhost", total_seconds=0.2)  # it does not know TLS, and waits
+    assert isinstance(outcome, NotConnected) and str(outcome) == "not in time."
+
+
 class Proxy(Script):
     """A proxy that opens tunnels, or says `answer` in their place."""
 
@@ -321,3 +376,23 @@ def test_a_proxy_that_refuses(trusted, monkeypatch):
                 await client.request("POST", "/x", b"body", "", lambda: None)
 
     asyncio.run(run())
+
+
+def test_a_proxy_that_is_not_there(trusted, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    (outcome,) = ask(Script(OK, context=trusted), 1, "https", "localhost")
+    assert isinstance(outcome, NotConnected) and str(outcome).startswith("the proxy: [Errno")
+    monkeypatch.setenv("no_proxy", "localhost")
+    (outcome,) = ask(Script(OK, context=trusted), 1, "https", "localhost")
+    assert outcome.content == b"hi"
+
+
+@pytest.mark.parametrize(
+    "address", ["http://me:p#ss@host:1", "http://host:port", "a..b:1", "socks5://host:1", "http://"]
+)
+def test_a_proxy_that_is_none(trusted, monkeypatch, address):
+    monkeypatch.setenv("https_proxy", address)
+    with pytest.raises(UserError, match="https_proxy in the environment is no address of an HTTP proxy") as error:
+        Http("https://host/v1", {}, 1.0, 1.0, BOUND)
+    assert "p#ss" not in str(error.value)
+    Http("http://host/v1", {}, 1.0, 1.0, BOUND)

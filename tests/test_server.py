@@ -58,6 +58,20 @@ def test_a_request_and_its_reply(tmp_path, monkeypatch):
     assert 0 < reply.seconds < 5
 
 
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("http://127.0.0.1:{}", "/chat/completions"),
+        ("HTTP://LOCALHOST:{}/V1/", "/V1/chat/completions"),
+        ("http://localhost:{}/ä%20b/../v1", "/%C3%A4%20b/../v1/chat/completions"),
+    ],
+)
+def test_where_a_base_url_leads(tmp_path, address, path):
+    with Server() as server:
+        (reply,), _ = ask(tmp_path, pool(address.format(server.port)), [1])
+        assert reply.text == good(1) and server.seen[0].path == path
+
+
 def test_a_server_without_keys_or_schemas_gets_neither(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
 
@@ -202,6 +216,9 @@ def test_long_and_strange_error_bodies_are_cut(tmp_path):
         ([Model("m", (Endpoint("http://a"),))] * 2, "two models named 'm'"),
         ([Model("m", (Endpoint("localhost:8000"),))], "'localhost:8000' is no address"),
         ([Model("m", (Endpoint("http://a..b/v1"),))], "'http://a..b/v1' is no address"),
+        ([Model("m", (Endpoint(" http://a/v1"),))], "' http://a/v1' is no address"),
+        ([Model("m", (Endpoint("http://a\0/v1"),))], "is no address"),
+        ([Model("m", (Endpoint("https://faß.de/v1"),))], "is no address"),  # fass.de, or xn--fa-hia.de?
         ([Model("m", (Endpoint("http://u:hunter2@a:99999/v1"),))], "'http://<removed>@a:99999/v1' is no address"),
         ([Model("m", (Endpoint("https://user:pw@host/v1"),))], "The base_url of host carries|base_url of host carries"),
         ([Model("m", (Endpoint("http://a/v1", "NOT_SET_AT_ALL"),))], "set the environment variable NOT_SET_AT_ALL"),

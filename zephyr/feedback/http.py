@@ -7,18 +7,20 @@ twice: a connection that breaks is the caller's to judge.
 
 import asyncio
 import base64
+import select
 import ssl
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import httptools
 
-from zephyr.errors import reason
+from zephyr.errors import UserError, reason
 
-_HEAD = 256 * 1024  # bytes that a response's head may have
+_HEAD = 256 * 1024  # bytes that a response may have beside its body and the marks of its chunks
+_CHUNKED = 8  # bytes that a byte of the body may come as: 6 in a chunk of its own
 _IDLE = 4.0  # seconds: servers commonly close what was idle for 5, some in the very moment of the next request
 
 
@@ -60,6 +62,14 @@ class _Connection(asyncio.Protocol):
     def closed(self) -> bool:
         return self._transport is None or bool(self._transport.is_closing())
 
+    @property
+    def silent(self) -> bool:
+        """Nothing has come that the loop has not seen yet, such as the end: servers close behind an answer without a
+        word, and what waits for a place is sent before the loop looks again."""
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket"), select.POLLIN)
+        return not poll.poll(0)
+
     def request(self, data: bytes, over: Callable[[Response], None], tunnel: bool = False) -> asyncio.Future[Response]:
         """Send it. `over` is told of the response at once, whoever waits for it in the loop's next round. A tunnel's
         is over with its head."""
@@ -67,7 +77,7 @@ class _Connection(asyncio.Protocol):
         self._answer = asyncio.get_running_loop().create_future()
         self._tunnel = tunnel
         self._parser = httptools.HttpResponseParser(self)
-        self._begun = 0  # bytes of the head that have come
+        self._come = self._size = 0  # bytes, of all and of the body
         self._headed = self._to_the_end = False
         self._transport.write(data)
         return self._answer
@@ -89,21 +99,20 @@ class _Connection(asyncio.Protocol):
         if self._answer is None or self._answer.done():
             self.close()  # nobody asked for it
             return
-        if not self._headed:
-            self._begun += len(data)
+        self._come += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(BadResponse(reason(error)))
-        if not self._headed and self._begun > _HEAD:
-            self._fail(BadResponse("its head does not end."))
+        if self._come > _HEAD + _CHUNKED * self._size:
+            self._fail(BadResponse("what is not its body does not end."))
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._answer is None or self._answer.done():
             return
         if self._headed and self._to_the_end and error is None:
             self._done()
-        elif self._begun:
+        elif self._come:
             self._fail(BadResponse("it ends too early."))
         else:
             self._fail(Broken(reason(error) if error else "it was closed."))
@@ -136,8 +145,8 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if self._headed and not self._tunnel:
-            if not self._parser.should_keep_alive():
-                self._transport.close()
+            if not self._parser.should_keep_alive() or self._transport.get_write_buffer_size():
+                self.close()  # the rest of a request that was answered early would stand before the next one
             self._done()
 
     def _done(self) -> None:
@@ -152,11 +161,34 @@ class _Connection(asyncio.Protocol):
         self.close()
 
 
+def parts(address: str) -> SplitResult | None:
+    """Those of an http or https address; None where it is none, or its host could be taken for another's."""
+    try:
+        url = urlsplit(address)
+        host = url.hostname or ""
+        named = bool(host.encode("idna")) and (host.isascii() or host.encode("idna").decode("idna") == host)
+        right = named and url.scheme in ("http", "https") and url.port != 0
+    except ValueError:  # a port that is none, a host that no name service knows
+        return None
+    return url if right and address.isprintable() and " " not in address else None
+
+
+def _proxy(host: str) -> SplitResult | None:
+    """The proxy that the environment names for an https address. Raises UserError where it names no address."""
+    address = urllib.request.getproxies().get("https")
+    if not address or urllib.request.proxy_bypass(host):
+        return None
+    proxy = parts(address if "//" in address else f"http://{address}")
+    if proxy is None:  # it may hold a password, so it is not shown
+        raise UserError("https_proxy in the environment is no address of an HTTP proxy. Write it as http://host:port.")
+    return proxy
+
+
 class Http:
     """Connections to the server of `base_url`, as many as there are requests at a time.
 
     `headers` go with every request. An https address is reached through the proxy that the environment names for it, by
-    a tunnel; an http one never through a proxy, which would read what is sent.
+    a tunnel; an http one never through a proxy, which would read what is sent. Raises UserError for one that is none.
     """
 
     def __init__(
@@ -171,15 +203,14 @@ class Http:
         self._host = (url.hostname or "").encode("idna").decode()
         self._context = ssl.create_default_context() if url.scheme == "https" else None
         self._port = url.port or (443 if self._context else 80)
-        self._proxy = None
-        if self._context and not urllib.request.proxy_bypass(self._host):
-            self._proxy = urllib.request.getproxies().get("https")
+        self._proxy = _proxy(self._host) if self._context else None
         authority = f"[{self._host}]" if ":" in self._host else self._host
         self._tunnelled = f"{authority}:{self._port}"
         named = authority if url.port is None else f"{authority}:{url.port}"
         self._path = quote(url.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
         self._head = "".join(f"{name}: {value}\r\n" for name, value in {"Host": named, **headers}.items())
-        self._connect_seconds, self._total_seconds, self._bound = connect_seconds, total_seconds, response_bytes
+        self._connect_seconds = min(connect_seconds, total_seconds)
+        self._total_seconds, self._bound = total_seconds, response_bytes
         self._idle: list[_Connection] = []
 
     async def request(self, method: str, path: str, content: bytes, name: str, free: Callable[[], None]) -> Response:
@@ -193,32 +224,37 @@ class Http:
         """
         named = f"X-Client-Request-Id: {name}\r\n" if name else ""
         head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._head}{named}Content-Length: {len(content)}\r\n\r\n"
-        async with asyncio.timeout(self._total_seconds):
-            connection = self._kept() or await self._connected()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._total_seconds
+        connection = self._kept() or await self._connected()
 
-            def over(response: Response) -> None:
-                if not connection.closed:
-                    connection.idle_since = asyncio.get_running_loop().time()
-                    self._idle.append(connection)
-                if response.status == 200:
-                    free()
+        def over(response: Response) -> None:
+            if not connection.closed:
+                connection.idle_since = loop.time()
+                self._idle.append(connection)
+            if response.status == 200:
+                free()
 
+        async with asyncio.timeout_at(until):
+            answer = connection.request(head.encode("latin-1") + content, over)
             try:
-                return await connection.request(head.encode("latin-1") + content, over)
-            except BaseException:
-                connection.close()
+                return await answer
+            except asyncio.CancelledError:
+                if answer.cancelled():  # else it is in, and the connection may be another's already
+                    connection.close()
                 raise
 
     def _kept(self) -> _Connection | None:
         oldest = asyncio.get_running_loop().time() - _IDLE
         while self._idle:
             connection = self._idle.pop()
-            if not connection.closed and connection.idle_since > oldest:
+            if not connection.closed and connection.idle_since > oldest and connection.silent:
                 return connection
             connection.close()
         return None
 
     async def _connected(self) -> _Connection:
+        whose = "the proxy: " if self._proxy else ""
         try:
             async with asyncio.timeout(self._connect_seconds):
                 if self._proxy:
@@ -227,9 +263,9 @@ class Http:
         except ssl.SSLError:
             raise
         except TimeoutError:
-            raise NotConnected("not in time.") from None
-        except OSError as error:
-            raise NotConnected(reason(error)) from None
+            raise NotConnected(f"{whose}not in time.") from None
+        except (OSError, Broken, BadResponse) as error:
+            raise NotConnected(f"{whose}{reason(error)}") from None
 
     async def _open(self, host: str, port: int, context: ssl.SSLContext | None) -> _Connection:
         loop = asyncio.get_running_loop()
@@ -238,9 +274,8 @@ class Http:
         )
         return connection
 
-    async def _through(self, address: str) -> _Connection:
+    async def _through(self, proxy: SplitResult) -> _Connection:
         """A connection by CONNECT (RFC 9110, 9.3.6)."""
-        proxy = urlsplit(address if "//" in address else f"http://{address}")
         context = ssl.create_default_context() if proxy.scheme == "https" else None
         connection = await self._open(proxy.hostname or "", proxy.port or (443 if context else 80), context)
         try:
@@ -254,8 +289,6 @@ class Http:
                 raise NotConnected(f"the proxy answered {response.status}.")
             assert self._context is not None
             await connection.secure(self._context, self._host)
-        except (Broken, BadResponse) as error:
-            raise NotConnected(f"the proxy: {error}") from None
         except BaseException:
             connection.close()
             raise

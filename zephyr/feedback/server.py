@@ -23,7 +23,7 @@ import openai
 from openai._models import FinalRequestOptions
 
 from zephyr.errors import UserError, reason
-from zephyr.feedback.http import BadResponse, Broken, Http, NotConnected, TooLarge
+from zephyr.feedback.http import BadResponse, Broken, Http, NotConnected, TooLarge, parts
 from zephyr.feedback.pool import Answering, Limits, Model
 from zephyr.redact import redact
 
@@ -68,12 +68,8 @@ class Endpoint:
 
     def check(self) -> None:
         """Raises UserError where the address is not one, or would carry a secret into files, or nothing may be sent."""
-        try:
-            url = urlsplit(self.base_url)
-            right = url.scheme in ("http", "https") and url.port != 0 and bool((url.hostname or "").encode("idna"))
-        except ValueError:  # a port that is none, a host that no name service knows
-            right = False
-        if not right:
+        url = parts(self.base_url)
+        if url is None:
             raise UserError(f"base_url={redact(self.base_url)!r} is no address. Write it as http://host:port/v1.")
         if url.username or url.password or url.query or url.fragment:
             raise UserError(
@@ -120,8 +116,8 @@ class Server:
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # it writes a line a request
         self._transport = _Transport(self.url, key, limits)
         self._openai = _Client(
-            base_url=self.url,
-            api_key="-",  # the key is the transport's
+            base_url=_ANYWHERE,
+            api_key="-",  # the key is the transport's, and so is the address
             max_retries=0,  # two policies would multiply
             http_client=httpx2.AsyncClient(transport=self._transport, follow_redirects=False, trust_env=False),
         )
@@ -240,7 +236,7 @@ class _Client(openai.AsyncOpenAI):
 
     @cached_property
     def _chat(self) -> tuple[httpx2.URL, FinalRequestOptions]:
-        url = httpx2.URL(f"{self.base_url}chat/completions")  # openai ends it with a slash
+        url = httpx2.URL(f"{_ANYWHERE}/chat/completions")
         return url, FinalRequestOptions.construct(method="post", url="", idempotency_key="-")
 
     async def chat_completion(self, body: bytes, key: str, free: Callable[[], None]) -> httpx2.Response:
@@ -262,13 +258,12 @@ class _Client(openai.AsyncOpenAI):
 class _Transport(httpx2.AsyncBaseTransport):
     """Our own HTTP beneath the openai client: a third of what a general one costs a request.
 
-    It sends a body to one address, with headers of its own: what the openai client takes from the environment
-    (organisation, project, extra headers) and tells about the machine goes nowhere.
+    It sends a body to one address, whatever the request names, with headers of its own: what the openai client takes
+    from the environment (organisation, project, extra headers) and tells about the machine goes nowhere.
     """
 
     def __init__(self, url: str, key: str | None, limits: Limits) -> None:
         self._url, self._limits = url, limits
-        self._paths = {url + path: path for path in _PATHS}
         headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",  # a bound on bytes must bound what they unpack to
@@ -280,14 +275,10 @@ class _Transport(httpx2.AsyncBaseTransport):
         self._http = Http(url, headers, limits.connect_seconds, limits.total_seconds, limits.response_bytes)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        path = self._paths.get(str(request.url))
-        if path is None:
-            raise UserError(f"{self._url}: a request for another address, {request.url.host}, was stopped.")
+        known, path = request.extensions, request.url.raw_path.decode()
+        name, free = known.get("name", ""), known.get("free", _nothing)
         try:
-            known = request.extensions
-            response = await self._http.request(
-                request.method, path, request.content, known.get("name", ""), known.get("free", _nothing)
-            )
+            response = await self._http.request(request.method, path, request.content, name, free)
             await asyncio.sleep(0)  # the requests that this one made room for go first
         except NotConnected as error:
             raise Again("connection", f"{self._url}: no connection: {error}") from None
@@ -319,7 +310,7 @@ def _nothing() -> None:
     pass
 
 
-_PATHS = ("/chat/completions", "/models")
+_ANYWHERE = "http://server"
 _KEPT = ("retry-after", "date", "location")
 
 
