@@ -7,7 +7,7 @@ import logging
 import httpx2
 import pytest
 
-from tests.asking import SECRET, ask, good, pool, request
+from tests.asking import SECRET, ask, first, good, pool, request
 from tests.openai_server import GOOD, Answer, Server, completion, text_of
 from zephyr.errors import UserError
 from zephyr.feedback.client import Client
@@ -124,6 +124,20 @@ def test_a_429_that_waiting_does_not_mend_is_a_refusal(tmp_path):
     with Server(lambda seen: Answer(429, body=said) if "question 1" in json.dumps(seen.body) else GOOD) as server:
         outcomes, _ = ask(tmp_path, pool(server), [1, 2])
     assert (outcomes[0].cause, outcomes[0].attempts, outcomes[1].text) == ("refused", 1, good(2))
+
+
+@pytest.mark.parametrize("address", ["/v2", "http://[a", "http://b\xfccher\x9b.example", ""])
+def test_a_redirect_to_nowhere(tmp_path, address):
+    with Server(lambda seen: Answer(302, {"Location": address})) as server:
+        (outcome,), _ = ask(tmp_path, pool(server), [1])
+    assert isinstance(outcome, UserError) and f"{server.url} redirects to another address (302)" in str(outcome)
+
+
+@pytest.mark.parametrize("name", ["Retry-After", "Date", "Server"])
+def test_headers_that_are_not_ascii(tmp_path, name):
+    with Server(first(Answer(429, {name: "sp\xe4ter"}, b""))) as server:
+        (reply,), _ = ask(tmp_path, pool(server), [1])
+    assert (reply.text, reply.attempts) == (good(1), 2)
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])

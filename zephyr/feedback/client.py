@@ -102,11 +102,6 @@ class Client:
         """Requests sent and not answered yet."""
         return self._dispatcher.in_flight
 
-    @property
-    def waiting(self) -> int:
-        """Requests asked for and not in flight: queued, or waiting for another attempt."""
-        return len(self._asking) - self.in_flight
-
     async def ask(self, request: Request) -> Reply | Failure:
         """The answer, which is on the disk when this returns; from the ledger where it has been given before.
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -177,7 +176,8 @@ class Server:
                 raise Refused(where)
             raise Again(_AGAIN.get(status, "server_error"), where, _retry_after(response.headers))
         if 300 <= status < 400:
-            host = urlsplit(response.headers.get("location", "")).hostname or "another address"
+            location = parts(response.headers.get("location", ""))
+            host = location.hostname if location else "another address"
             raise UserError(
                 f"{self.url} redirects to {host} ({status}). Redirects are not followed, as they could take prompts "
                 "and key elsewhere: set base_url to the address that answers itself."
@@ -296,11 +296,8 @@ class _Transport(httpx2.AsyncBaseTransport):
             raise Again("too_large", f"{self._url}: an answer of more than {bound:,} bytes.", billed=True) from None
         except Broken as error:
             raise Again("connection", f"{self._url}: the connection broke: {error}", billed=True) from None
-        return httpx2.Response(
-            response.status,
-            headers={name: response.headers[name] for name in _KEPT if name in response.headers},
-            content=response.content,
-        )
+        headers = {name: response.headers[name] for name in _KEPT if name in response.headers}
+        return httpx2.Response(response.status, headers=httpx2.Headers(headers, "latin-1"), content=response.content)
 
     async def aclose(self) -> None:
         self._http.close()
