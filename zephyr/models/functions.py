@@ -41,19 +41,33 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether the two are fp32 on a CPU."""
     return a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias; x [..., I], weight [O, I]."""
+    ours = _by_onednn(x, weight) and not torch.is_autocast_enabled("cpu") and x.shape[:-1].numel() >= _FEW
+    if torch.compiler.is_compiling() or not ours:
+        return F.linear(x, weight, bias)
+    result: Tensor = Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    return result if bias is None else result + bias
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x + scale a b^T, in place; x [M, N], a [M, K], b [N, K]."""
+    if not _by_onednn(a, b):
+        return x.addmm_(a, b.T, alpha=scale)
+    result: Tensor = AddedProduct.apply(x, a, b, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
 class Linear(nn.Linear):
-    """torch's, but for who computes its products where these are fp32, on a CPU, and of more than a few rows."""
+    """torch's, but for who computes its products."""
 
     def forward(self, input: Tensor) -> Tensor:
         """x weight^T + bias; x [..., I], weight [O, I]."""
-        plain = input.device.type != "cpu" or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        if plain or torch.compiler.is_compiling() or input.shape[:-1].numel() < _FEW:
-            return super().forward(input)
-        result: Tensor = Product.apply(input, self.weight)  # type: ignore[no-untyped-call]
-        return result if self.bias is None else result + self.bias
+        return linear(input, self.weight, self.bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -129,6 +143,25 @@ class Product(torch.autograd.Function):
         grad_x = None if weight is None else product(grad, weight.T)
         grad_weight = None if x is None else product_over_rows(grad.flatten(0, -2), x.flatten(0, -2))
         return grad_x, grad_weight
+
+
+class AddedProduct(torch.autograd.Function):
+    """x + scale a b^T, written over x. With g the gradient of the result, that of a is scale g b, of b scale g^T a."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(a, b)
+        return x.addmm_(a, b.T, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        a, b = ctx.saved_tensors
+        _, by_a, by_b, _ = ctx.needs_input_grad
+        grad_a = product(grad, b.T).mul_(ctx.scale) if by_a else None
+        return grad, grad_a, product_over_rows(grad, a).mul_(ctx.scale) if by_b else None, None
 
 
 class RMSNorm(torch.autograd.Function):

@@ -8,10 +8,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zephyr.models.four_bits import in_four_bits, opened
+from zephyr.models.functions import add_product, linear
 
 DEFAULT = "default"  # the adapter that trains; all others are frozen
 
@@ -57,11 +57,11 @@ class _Accumulating:
         for name in names:
             if name in self.lora_A:
                 down, up = self.lora_A[name].weight, self.lora_B[name].weight
-                narrow = F.linear(self.lora_dropout[name](x), down.to(x.dtype))
-                factors = narrow.to(result.dtype), up.T.to(result.dtype)
+                narrow = linear(self.lora_dropout[name](x), down.to(x.dtype))
+                factors = narrow.to(result.dtype), up.to(result.dtype)
                 # What a custom function returns as a view, autograd lets nobody change; a compiler sees to it itself.
                 if torch.compiler.is_compiling() or result._is_view():
-                    result = torch.addmm(result, *factors, alpha=self.scaling[name])
+                    result = torch.addmm(result, factors[0], factors[1].T, alpha=self.scaling[name])
                 else:
-                    result = result.addmm_(*factors, alpha=self.scaling[name])
+                    result = add_product(result, *factors, self.scaling[name])
         return result

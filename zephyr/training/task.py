@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from zephyr.data.batch import Batch
 from zephyr.errors import UserError
 from zephyr.settings import Optimizer as OptimizerSettings
+from zephyr.training.memory import keep_freed
 from zephyr.training.optimizer import build
 from zephyr.training.schedule import schedule
 
@@ -53,6 +54,10 @@ class Task(L.LightningModule, ABC):
     def losses(self, batches: list[Batch]) -> Iterator[tuple[Tensor, Sums]]:
         """The loss of each micro-batch of a step, computed when asked for."""
         return (self.loss(batch) for batch in batches)
+
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed()
 
     def training_step(self, batches: list[Batch], step: int) -> None:
         optimizer: Any = self.optimizers()
