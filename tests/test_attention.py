@@ -32,8 +32,10 @@ def dense(query, key, value, batch, window):
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("block", [1, 2, 4, 128])
-def test_equals_a_dense_mask_in_value_and_gradient(window, kv_heads, block, monkeypatch):
+@pytest.mark.parametrize("written_out", [True, False])
+def test_equals_a_dense_mask_in_value_and_gradient(window, kv_heads, block, written_out, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(attention, "onednn_is_faster", lambda: written_out)
     monkeypatch.setattr(attention, "_block", block)
     plan = Plan(BATCH.segments, len(BATCH.ids), torch.device("cpu"))
     assert len(plan.blocks(window, torch.float64)[1]) == {1: 26, 2: 13, 4: 7, 128: 4}[block]

@@ -2,9 +2,9 @@
 
 Each segment is ordinary causal attention: its tokens see the segment's prefix (the prompt of a branched pair) and
 each other. No dense [T, T] mask exists. On CUDA all segments are one call of a variable-length flash kernel, whose
-keys are gathered so that a branch finds its prompt in front of it. In fp32 on a CPU it is written out, a block of
-queries at a time; elsewhere each segment, or block, is a call of torch's scaled-dot-product attention. Importing this
-module registers it with transformers as "segments".
+keys are gathered so that a branch finds its prompt in front of it. Elsewhere each segment, on a CPU a block of its
+queries at a time, is a call of torch's scaled-dot-product attention, or written out where `products` has faster ones
+than that kernel uses. Importing this module registers it with transformers as "segments".
 
 Letters: T tokens of the row, R rows that ask, H heads of queries, K heads of keys, E size of a head.
 """
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from zephyr.data.batch import Segment
-from zephyr.models.functions import product, product_over_rows
+from zephyr.models.products import onednn_is_faster, product, product_over_rows
 
 SEGMENTS = "segments"
 _block: float = 128  # queries, about; of 64 to 256 the fastest on a CPU at heads of 32 and of 64
@@ -136,8 +136,8 @@ def attend(
         window = None if window is None or g.most_keys <= window else window
         return kernel(query, key[g.keys], value[g.keys], g, scale, window, dropout)
     cuts, blocks = plan.blocks(window, query.dtype)
-    masked = all(block.mask is not None for block in blocks)
-    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and masked and not dropout:
+    divided = all(block.mask is not None for block in blocks)
+    if divided and query.dtype in (torch.float32, torch.float64) and onednn_is_faster() and not dropout:
         result: Tensor = Blockwise.apply(query, key, value, cuts, blocks, scale, window)  # type: ignore[no-untyped-call]
         return result
     groups = query.shape[1] // key.shape[1]

@@ -1,11 +1,8 @@
-"""A decoder layer's arithmetic but for attention, each function with a backward written by hand.
+"""A decoder layer's elementwise arithmetic, each with a backward written by hand.
 
 Left to autograd, a norm, a gate and a rotation write a dozen tensors a layer and keep half of them. These write what
 they return, and keep their inputs; what later products keep of their results can be `recomputed`. Under torch.compile
 the plain formulas are better: there the compiler does all this.
-
-torch leaves fp32 products on a CPU to MKL, which on one that is not Intel's keeps to half the width of the machine's
-vectors. oneDNN, which torch has too, takes what is there.
 
 Letters: T tokens, H heads, E size of a head, D and I widths.
 """
@@ -15,59 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Layout = tuple[torch.Size, tuple[int, ...]]  # shape and stride
 
-_FEW = 64  # rows, of which a product costs less than oneDNN's preparations
 _silu_backward = torch.ops.aten.silu_backward.grad_input
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T; a [..., K], b [N, K] -> [..., N]."""
-    if not _by_onednn(a, b):
-        return a @ b.T
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return result
-
-
-def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b; a [T, M], b [T, N] -> [M, N]."""
-    if not _by_onednn(a, b):
-        return a.T @ b
-    # it copies a first factor that is transposed: let that be the narrower one
-    return product(a.T, b.T) if a.shape[1] <= b.shape[1] else product(b.T, a.T).T
-
-
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether the two are fp32 on a CPU."""
-    return a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias; x [..., I], weight [O, I]."""
-    ours = _by_onednn(x, weight) and not torch.is_autocast_enabled("cpu") and x.shape[:-1].numel() >= _FEW
-    if torch.compiler.is_compiling() or not ours:
-        return F.linear(x, weight, bias)
-    result: Tensor = Product.apply(x, weight)  # type: ignore[no-untyped-call]
-    return result if bias is None else result + bias
-
-
-def add_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x + scale a b^T, in place; x [M, N], a [M, K], b [N, K]."""
-    if not _by_onednn(a, b):
-        return x.addmm_(a, b.T, alpha=scale)
-    result: Tensor = AddedProduct.apply(x, a, b, scale)  # type: ignore[no-untyped-call]
-    return result
-
-
-class Linear(nn.Linear):
-    """torch's, but for who computes its products."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x weight^T + bias; x [..., I], weight [O, I]."""
-        return linear(input, self.weight, self.bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -125,43 +75,6 @@ class recomputed(torch.autograd.graph.saved_tensors_hooks):
             return (again[0] if uses else again.pop()).as_strided(*kept)
 
         super().__init__(pack, unpack)
-
-
-class Product(torch.autograd.Function):
-    """x weight^T. With g the gradient of the result, that of x is g weight, that of the weight g^T x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        by_x, by_weight = ctx.needs_input_grad
-        ctx.save_for_backward(x if by_weight else None, weight if by_x else None)
-        return product(x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad_x = None if weight is None else product(grad, weight.T)
-        grad_weight = None if x is None else product_over_rows(grad.flatten(0, -2), x.flatten(0, -2))
-        return grad_x, grad_weight
-
-
-class AddedProduct(torch.autograd.Function):
-    """x + scale a b^T, written over x. With g the gradient of the result, that of a is scale g b, of b scale g^T a."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(a, b)
-        return x.addmm_(a, b.T, alpha=scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        a, b = ctx.saved_tensors
-        _, by_a, by_b, _ = ctx.needs_input_grad
-        grad_a = product(grad, b.T).mul_(ctx.scale) if by_a else None
-        return grad, grad_a, product_over_rows(grad, a).mul_(ctx.scale) if by_b else None, None
 
 
 class RMSNorm(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from zephyr.data.batch import Batch
 from zephyr.models.attention import Plan
 from zephyr.models.decoder import Beside
-from zephyr.models.functions import product, product_over_rows
+from zephyr.models.products import product, product_over_rows
 
 LOGITS = 2**26  # that exist at once: 256 MiB in fp32, 2,097 scored tokens at 32,000 entries
 _AT_ONCE = 256  # rows of logits that exist beside the buffer, on a CPU

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zephyr.models.four_bits import in_four_bits, opened
-from zephyr.models.functions import add_product, linear
+from zephyr.models.products import add_product, linear
 
 DEFAULT = "default"  # the adapter that trains; all others are frozen
 

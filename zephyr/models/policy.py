@@ -20,8 +20,8 @@ from zephyr.models.adapters import add_reference, attach, check_quantised, check
 from zephyr.models.attention import SEGMENTS
 from zephyr.models.decoder import Checkpointing, rewrite
 from zephyr.models.float8 import check_float8, use_float8
-from zephyr.models.functions import Linear
 from zephyr.models.lineage import lineage
+from zephyr.models.products import Linear
 from zephyr.models.sharding import load_rows, shard, weight_files
 from zephyr.settings import Lora, Model
 

@@ -1,0 +1,113 @@
+"""fp32 products on a CPU, by the faster of the two libraries that torch has for them.
+
+torch leaves them to MKL, which on a CPU of AMD's keeps to half the width of the machine's vectors; oneDNN takes what is
+there. All other products are torch's, as is everything that is compiled.
+"""
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_FEW = 64  # rows, of which a product costs less than oneDNN's preparations
+_SHAPES = 256  # of products, for which oneDNN keeps its preparations: half a MiB each, and rows differ in length
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this is a CPU that MKL does not make full use of."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES))  # read at its first product
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return "AuthenticAMD" in platform.processor()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T; a [..., K], b [N, K] -> [..., N]."""
+    if not _by_onednn(a, b):
+        return a @ b.T
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return result
+
+
+def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b; a [T, M], b [T, N] -> [M, N]."""
+    if not _by_onednn(a, b):
+        return a.T @ b
+    # it copies a first factor that is transposed: let that be the narrower one
+    return product(a.T, b.T) if a.shape[1] <= b.shape[1] else product(b.T, a.T).T
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    return a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and onednn_is_faster()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias; x [..., I], weight [O, I]."""
+    ours = _by_onednn(x, weight) and not torch.is_autocast_enabled("cpu") and x.shape[:-1].numel() >= _FEW
+    if torch.compiler.is_compiling() or not ours:
+        return F.linear(x, weight, bias)
+    result: Tensor = Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    return result if bias is None else result + bias
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x + scale a b^T, in place; x [M, N], a [M, K], b [N, K]."""
+    if not _by_onednn(a, b):
+        return x.addmm_(a, b.T, alpha=scale)
+    result: Tensor = AddedProduct.apply(x, a, b, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Linear(nn.Linear):
+    """torch's, but for who computes its products."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x weight^T + bias; x [..., I], weight [O, I]."""
+        return linear(input, self.weight, self.bias)
+
+
+class Product(torch.autograd.Function):
+    """x weight^T. With g the gradient of the result, that of x is g weight, that of the weight g^T x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        by_x, by_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if by_weight else None, weight if by_x else None)
+        return product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = None if weight is None else product(grad, weight.T)
+        grad_weight = None if x is None else product_over_rows(grad.flatten(0, -2), x.flatten(0, -2))
+        return grad_x, grad_weight
+
+
+class AddedProduct(torch.autograd.Function):
+    """x + scale a b^T, written over x. With g the gradient of the result, that of a is scale g b, of b scale g^T a."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(a, b)
+        return x.addmm_(a, b.T, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        a, b = ctx.saved_tensors
+        _, by_a, by_b, _ = ctx.needs_input_grad
+        grad_a = product(grad, b.T).mul_(ctx.scale) if by_a else None
+        return grad, grad_a, product_over_rows(grad, a).mul_(ctx.scale) if by_b else None, None
