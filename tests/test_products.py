@@ -13,6 +13,7 @@ from zephyr.models.products import _FEW, Linear, add_product, linear, product, p
 @pytest.fixture(autouse=True, params=[True, False], ids=["onednn", "mkl"])
 def library(request, monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(products, "_LEAST", 0)
     return request.param
 
 

@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 from zephyr.data.batch import Batch
 from zephyr.models.attention import Plan
 from zephyr.models.decoder import Beside
-from zephyr.models.products import product, product_over_rows
+from zephyr.models.products import onednn_is_faster, product, product_over_rows
 
 LOGITS = 2**26  # that exist at once: 256 MiB in fp32, 2,097 scored tokens at 32,000 entries
-_AT_ONCE = 256  # rows of logits that exist beside the buffer, on a CPU
+_BESIDE = 2**23  # that exist beside the buffer, where products cannot be written into it
 
 
 class Scores(NamedTuple):
@@ -137,9 +137,12 @@ class ChunkedLogProbs(torch.autograd.Function):
 def _products(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """hidden @ weight.T in fp32, in the buffer's first rows."""
     rows = buffer[: len(hidden)]
-    if hidden.device.type != "cpu":
-        return torch.mm(hidden, weight.T, out=rows) if hidden.dtype == rows.dtype else rows.copy_(hidden @ weight.T)
-    for some, of in zip(rows.split(_AT_ONCE), hidden.split(_AT_ONCE), strict=True):
+    if hidden.dtype != rows.dtype:
+        return rows.copy_(hidden @ weight.T)
+    if hidden.device.type != "cpu" or not onednn_is_faster():
+        return torch.mm(hidden, weight.T, out=rows)
+    few = max(1, _BESIDE // len(weight))
+    for some, of in zip(rows.split(few), hidden.split(few), strict=True):
         some.copy_(product(of, weight))
     return rows
 

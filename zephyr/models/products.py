@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_FEW = 64  # rows, of which a product costs less than oneDNN's preparations
+_FEW = 64  # rows of which a product costs less than oneDNN's preparations
+_LEAST = 1e7  # floating-point operations: for fewer they are not worth their half a millisecond
 _SHAPES = 256  # of products, for which oneDNN keeps its preparations: half a MiB each, and rows differ in length
 
 
@@ -41,14 +42,15 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """a^T b; a [T, M], b [T, N] -> [M, N]."""
-    if not _by_onednn(a, b):
+    if not _by_onednn(a.T, b.T):
         return a.T @ b
     # it copies a first factor that is transposed: let that be the narrower one
     return product(a.T, b.T) if a.shape[1] <= b.shape[1] else product(b.T, a.T).T
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    return a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and onednn_is_faster()
+    plain = a.device.type != "cpu" or not a.dtype == b.dtype == torch.float32
+    return not plain and 2 * a.numel() * b.shape[0] >= _LEAST and onednn_is_faster()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
