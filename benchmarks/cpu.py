@@ -40,7 +40,7 @@ PROTOCOL = (
     "sides. trl: as it comes. trl_best: without activation checkpointing, and scoring completions alone as it does on "
     "CUDA. trl_sorted: that, over batches sorted by length. dpo_memory: peak minus resting resident memory of a step, "
     "a process each, both with full activation checkpointing; Zephyr's divided by TRL's. floor: time of the step's "
-    "necessary products on this machine divided by Zephyr's step."
+    "necessary products, as torch multiplies, divided by Zephyr's step; floor_fastest: by the faster of its libraries."
 )
 
 
@@ -181,7 +181,8 @@ def compare(case: Case, names: list[str], rounds: int, folder: Path, quick: bool
     }
     if "trl_sorted" in names:  # its rounds hold other examples than Zephyr's; all together they are the same
         ratios["trl_sorted"] = [figures["trl_sorted"]["cpu_seconds"] / figures["zephyr"]["cpu_seconds"]]
-    shares = [least / cost.cpu_seconds for least, cost in zip(floors, spent["zephyr"], strict=False)]
+    ours = [cost.cpu_seconds for cost in spent["zephyr"]]
+    shares = [(plain / step, fastest / step) for (plain, fastest), step in zip(floors, ours, strict=False)]
     return {"figures": figures, "ratios": ratios, "floor": shares, "product_gflops": rate / 1e9}
 
 
@@ -234,8 +235,8 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for key, other in (("ratios", "trl_best"), ("ratios_default", "trl"), ("ratios_sorted", "trl_sorted")):
             if other in result["ratios"]:
                 rounds[key][case] = result["ratios"][other]
-        if result.get("floor"):
-            rounds["ratios"]["floor"] = rounds["ratios_default"]["floor"] = result["floor"]
+        for name, shares in zip(("floor", "floor_fastest"), zip(*result.get("floor", []), strict=True), strict=False):
+            rounds["ratios"][name] = rounds["ratios_default"][name] = list(shares)
     medians = {key: {case: median(values) for case, values in cases.items()} for key, cases in rounds.items()}
     spread = {
         key: {case: {"min": min(values), "max": max(values), "rounds": values} for case, values in cases.items()}

@@ -199,12 +199,26 @@ def test_what_fails_in_a_process_is_said():
 def test_summary_takes_the_median_of_rounds():
     figures = {"zephyr": {"tokens_per_cpu_second": 10.0, "mfu": 0.5}, "trl_best": {"tokens_per_cpu_second": 5.0}}
     results = {
-        "dpo_body": {"figures": figures, "ratios": {"trl_best": [2.0, 4.0, 2.5], "trl": [3.0]}, "floor": [0.5, 0.7]},
+        "dpo_body": {
+            "figures": figures,
+            "ratios": {"trl_best": [2.0, 4.0, 2.5], "trl": [3.0]},
+            "floor": [(0.5, 0.4), (0.7, 0.6)],
+        },
         "dpo_memory": {"figures": {}, "ratios": {"trl_best": [0.4], "trl": [0.4]}},
     }
     summary = cpu.summary(results)
-    assert summary["ratios"] == {"dpo_body": 2.5, "floor": pytest.approx(0.6), "dpo_memory": 0.4}
-    assert summary["ratios_default"] == {"dpo_body": 3.0, "floor": pytest.approx(0.6), "dpo_memory": 0.4}
+    assert summary["ratios"] == {
+        "dpo_body": 2.5,
+        "floor": pytest.approx(0.6),
+        "floor_fastest": pytest.approx(0.5),
+        "dpo_memory": 0.4,
+    }
+    assert summary["ratios_default"] == {
+        "dpo_body": 3.0,
+        "floor": pytest.approx(0.6),
+        "floor_fastest": pytest.approx(0.5),
+        "dpo_memory": 0.4,
+    }
     assert summary["spread"]["ratios"]["dpo_body"] == {"min": 2.0, "max": 4.0, "rounds": [2.0, 4.0, 2.5]}
     printed = table.cpu_table(json.loads(json.dumps(summary)))
     assert "| dpo_body | **2.50** | 2.00 to 4.00 | 3.00 |" in printed
