@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from zephyr.data.batch import Segment
-from zephyr.models.products import onednn_is_faster, product, product_over_rows
+from zephyr.models.products import REPEATED, onednn_is_faster, product, product_over_rows
 
 SEGMENTS = "segments"
 _block: float = 128  # queries, about; of 64 to 256 the fastest on a CPU at heads of 32 and of 64
@@ -183,7 +183,7 @@ class Blockwise(torch.autograd.Function):
         for q_head, o_head, *pieces in zip(q, out, *(_pieces(side, cuts) for side in (k, v)), strict=True):
             for block, rows, o in zip(blocks, q_head.split(sizes), o_head.split(sizes), strict=True):
                 keys, values = (torch.cat([side[i] for i in block.pieces]) for side in pieces)
-                o.copy_(product(_weights(rows, keys, block, window), values.T).view(o.shape))
+                o.copy_(product(_weights(rows, keys, block, window), values.T, REPEATED).view(o.shape))
         return result
 
     @staticmethod
@@ -200,9 +200,9 @@ class Blockwise(torch.autograd.Function):
             for block, rows, g, by_rows in zip(blocks, *split, strict=True):
                 keys, values = (torch.cat([side[i] for i in block.pieces]) for side in pieces[:2])
                 p, g = _weights(rows, keys, block, window), g.flatten(0, 1)
-                s = torch._softmax_backward_data(product(g, values), p, -1, p.dtype)
-                by_rows.copy_(product(s, keys.T).view(by_rows.shape))
-                found = product_over_rows(s, rows.flatten(0, 1)), product_over_rows(p, g)
+                s = torch._softmax_backward_data(product(g, values, REPEATED), p, -1, p.dtype)
+                by_rows.copy_(product(s, keys.T, REPEATED).view(by_rows.shape))
+                found = product_over_rows(s, rows.flatten(0, 1), REPEATED), product_over_rows(p, g, REPEATED)
                 for side, by_block in zip(pieces[2:], found, strict=True):
                     for i, part in zip(block.pieces, by_block.split([cuts[i] for i in block.pieces]), strict=True):
                         side[i].add_(part)
@@ -221,7 +221,7 @@ def _pieces(side: Tensor, cuts: list[int]) -> list[tuple[Tensor, ...]]:
 
 def _weights(rows: Tensor, keys: Tensor, block: Block, window: int | None) -> Tensor:
     """Of each key, for queries [n, H / K, E] -> [n * H / K, keys]."""
-    scores = product(rows.flatten(0, 1), keys)
+    scores = product(rows.flatten(0, 1), keys, REPEATED)
     assert block.mask is not None
     ends = block.queries if window is None else len(keys)  # how many of the last keys are hidden from anyone
     scores.view(*rows.shape[:2], -1)[..., -ends:].add_(block.mask[:, None, -ends:])

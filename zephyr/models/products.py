@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _FEW = 64  # rows of which a product costs less than oneDNN's preparations
-_LEAST = 1e7  # floating-point operations: for fewer they are not worth their half a millisecond
+_LEAST = 1e8  # floating-point operations that make their half a millisecond worth while
+REPEATED = 10  # times at least that the layers of a model, or the heads of a layer, ask for products of a shape
 _SHAPES = 256  # of products, for which oneDNN keeps its preparations: half a MiB each, and rows differ in length
 
 
@@ -32,30 +33,30 @@ def onednn_is_faster() -> bool:
         return "AuthenticAMD" in platform.processor()
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T; a [..., K], b [N, K] -> [..., N]."""
-    if not _by_onednn(a, b):
+def product(a: Tensor, b: Tensor, times: int = 1) -> Tensor:
+    """a b^T; a [..., K], b [N, K] -> [..., N]. `times` is how often in a step this shape is asked for."""
+    if not _by_onednn(a, b, times):
         return a @ b.T
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return result
 
 
-def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+def product_over_rows(a: Tensor, b: Tensor, times: int = 1) -> Tensor:
     """a^T b; a [T, M], b [T, N] -> [M, N]."""
-    if not _by_onednn(a.T, b.T):
+    if not _by_onednn(a.T, b.T, times):
         return a.T @ b
     # it copies a first factor that is transposed: let that be the narrower one
-    return product(a.T, b.T) if a.shape[1] <= b.shape[1] else product(b.T, a.T).T
+    return product(a.T, b.T, times) if a.shape[1] <= b.shape[1] else product(b.T, a.T, times).T
 
 
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
+def _by_onednn(a: Tensor, b: Tensor, times: int) -> bool:
     plain = a.device.type != "cpu" or not a.dtype == b.dtype == torch.float32
-    return not plain and 2 * a.numel() * b.shape[0] >= _LEAST and onednn_is_faster()
+    return not plain and 2 * a.numel() * b.shape[0] * times >= _LEAST and onednn_is_faster()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias; x [..., I], weight [O, I]."""
-    ours = _by_onednn(x, weight) and not torch.is_autocast_enabled("cpu") and x.shape[:-1].numel() >= _FEW
+    ours = _by_onednn(x, weight, REPEATED) and not torch.is_autocast_enabled("cpu") and x.shape[:-1].numel() >= _FEW
     if torch.compiler.is_compiling() or not ours:
         return F.linear(x, weight, bias)
     result: Tensor = Product.apply(x, weight)  # type: ignore[no-untyped-call]
@@ -64,7 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """x + scale a b^T, in place; x [M, N], a [M, K], b [N, K]."""
-    if not _by_onednn(a, b):
+    if not _by_onednn(a, b, REPEATED):
         return x.addmm_(a, b.T, alpha=scale)
     result: Tensor = AddedProduct.apply(x, a, b, scale)  # type: ignore[no-untyped-call]
     return result
@@ -85,14 +86,14 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         by_x, by_weight = ctx.needs_input_grad
         ctx.save_for_backward(x if by_weight else None, weight if by_x else None)
-        return product(x, weight)
+        return product(x, weight, REPEATED)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_x = None if weight is None else product(grad, weight.T)
-        grad_weight = None if x is None else product_over_rows(grad.flatten(0, -2), x.flatten(0, -2))
+        grad_x = None if weight is None else product(grad, weight.T, REPEATED)
+        grad_weight = None if x is None else product_over_rows(grad.flatten(0, -2), x.flatten(0, -2), REPEATED)
         return grad_x, grad_weight
 
 
@@ -111,5 +112,5 @@ class AddedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         a, b = ctx.saved_tensors
         _, by_a, by_b, _ = ctx.needs_input_grad
-        grad_a = product(grad, b.T).mul_(ctx.scale) if by_a else None
-        return grad, grad_a, product_over_rows(grad, a).mul_(ctx.scale) if by_b else None, None
+        grad_a = product(grad, b.T, REPEATED).mul_(ctx.scale) if by_a else None
+        return grad, grad_a, product_over_rows(grad, a, REPEATED).mul_(ctx.scale) if by_b else None, None
