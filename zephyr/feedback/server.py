@@ -241,6 +241,7 @@ class _Client(openai.AsyncOpenAI):
 
     async def chat_completion(self, body: bytes, key: str, free: Callable[[], None]) -> httpx2.Response:
         """The server's answer to a body. Raises openai.APIStatusError, and what the transport raises."""
+        # extra_json is not sent with a content of our own: it carries what is the transport's alone
         options = self._chat[1].model_copy(update={"content": body, "extra_json": {"name": key, "free": free}})
         return await self.request(httpx2.Response, options)
 
