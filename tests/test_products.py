@@ -75,3 +75,18 @@ def test_a_product_added_in_place():
     assert_close(result, truth)
     for one, other in zip(mine, torch.autograd.grad(truth, [start, a, b], upstream), strict=True):
         assert_close(one, other)
+
+
+def test_a_compiler_finds_one_graph_whatever_the_size(monkeypatch):
+    monkeypatch.setattr(products, "_LEAST", 2 * 300 * 8 * 5 * products.REPEATED)
+    graphs, weight = [], torch.randn(5, 8)
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: linear(x, weight), backend=compiler, dynamic=True, fullgraph=True)
+    for rows in (200, 400):
+        x = torch.randn(rows, 8)
+        assert_close(compiled(x), F.linear(x, weight))
+    assert len(graphs) == 1

@@ -56,8 +56,10 @@ def _by_onednn(a: Tensor, b: Tensor, times: int) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias; x [..., I], weight [O, I]."""
+    if torch.compiler.is_compiling():  # first of all: a question about sizes would be a graph for each answer
+        return F.linear(x, weight, bias)
     ours = _by_onednn(x, weight, REPEATED) and not torch.is_autocast_enabled("cpu") and x.shape[:-1].numel() >= _FEW
-    if torch.compiler.is_compiling() or not ours:
+    if not ours:
         return F.linear(x, weight, bias)
     result: Tensor = Product.apply(x, weight)  # type: ignore[no-untyped-call]
     return result if bias is None else result + bias
