@@ -52,6 +52,57 @@ def test_equals_a_dense_mask_in_value_and_gradient(window, kv_heads, block, writ
         assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("written_out", [True, False])
+def test_values_may_be_narrower_than_keys_and_a_branch_empty(written_out, monkeypatch):
+    """As with multi-head latent attention, whose keys also hold positions."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention, "onednn_is_faster", lambda: written_out)
+    batch = pack_pairs([Pair([1] * 5, [2] * 4, [])])
+    plan = Plan(batch.segments, 9, torch.device("cpu"))
+    inputs = [torch.randn(1, 4, 9, width, requires_grad=True) for width in (12, 12, 8)]
+    upstream = torch.randn(1, 9, 4, 8)
+    ours, _ = segment_attention(None, *inputs, None, plan=plan)
+    truth = dense(*inputs, batch, None)
+    assert_close(ours, truth)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(truth, inputs, upstream), strict=True
+    ):
+        assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_autocast_rounds_what_comes_wider(written_out, monkeypatch):
+    """Layers of transformers' own turn queries and keys by angles in fp32; values are of a product, in bf16."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention, "onednn_is_faster", lambda: written_out)
+    asked, real = [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args: asked.extend(args[:3]) or real(*args))
+    query, key, value = (torch.randn(1, 4, len(BATCH.ids), 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, _ = segment_attention(None, query, key, value.bfloat16(), None, plan=PLAN)
+    assert {x.dtype for x in (*asked, ours)} == {torch.bfloat16}
+    truth = dense(query, key, value, BATCH, None)
+    assert_close(ours.float(), truth, rtol=0.03, atol=0.03)
+    upstream = torch.randn(ours.shape)
+    mine = torch.autograd.grad(ours, (query, key, value), upstream.bfloat16())
+    assert_close(mine, torch.autograd.grad(truth, (query, key, value), upstream), rtol=0.05, atol=0.05)
+
+
+def test_what_a_cpu_does_is_done_on_no_gpu_and_in_no_simulation_of_one(monkeypatch):
+    """Of the last layer's segments none is as long as its keys; a GPU may stand beside a CPU of AMD's."""
+    monkeypatch.setattr(attention, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(attention, "Blockwise", None)
+    tail, length = BATCH.tail, len(BATCH.ids)
+
+    def asked(device):
+        query, key = (torch.empty(rows, 4, 8, device=device) for rows in (len(tail.rows), length))
+        return attend(query, key, key, Plan(tail.segments, length, query.device), 0.3)
+
+    assert asked("meta").device.type == "meta"
+    with attention.undivided():
+        asked("cpu")
+
+
 def test_no_key_is_asked_that_no_query_of_its_block_sees(monkeypatch):
     """A sequence of 8 tokens, 2 queries a block: keys 1-2, 1-4, ... 1-8; with a window of 3 from the first query on."""
     monkeypatch.setattr(attention, "_block", 2)

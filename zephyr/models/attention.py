@@ -69,6 +69,7 @@ class Plan:
 
     def __init__(self, segments: list[Segment], tokens: int, device: torch.device) -> None:
         self.segments, self.tokens, self.device = segments, tokens, device
+        self.divided = device.type == "cpu" and math.isfinite(_block)  # into blocks of queries, each with its mask
         self._blocks: dict[tuple[int | None, torch.dtype], tuple[list[int], list[Block]]] = {}
 
     def blocks(self, window: int | None, dtype: torch.dtype) -> tuple[list[int], list[Block]]:
@@ -82,13 +83,12 @@ class Plan:
         return self._blocks[window, dtype]
 
     def _cut(self, window: int | None, dtype: torch.dtype) -> tuple[list[int], list[Block]]:
-        divided = self.device.type == "cpu" and math.isfinite(_block)
         spans = []  # of each block: number of queries, and its keys as ranges of the row
         for start, end, prefix_start, prefix_end in self.segments:
             prefix = prefix_end - prefix_start
             # equal but for the last, so that few shapes of products occur: oneDNN makes itself ready for each of them
-            parts = max(1, round((end - start) / _block)) if divided else 1
-            edges = [*(start + int(_block) * i for i in range(parts)), end] if divided else [start, end]
+            parts = max(1, round((end - start) / _block)) if self.divided else 1
+            edges = [*(start + int(_block) * i for i in range(parts)), end] if self.divided else [start, end]
             for first, last in pairwise(edges):
                 unseen = 0 if window is None else max(0, prefix + first - start - window + 1)
                 before = min(prefix_start + unseen, prefix_end), prefix_end
@@ -101,7 +101,7 @@ class Plan:
         for queries, keys in spans:
             size = queries, sum(end - start for start, end in keys)
             if size not in masks:
-                causal = not divided and size[0] == size[1] and (window is None or size[1] <= window)
+                causal = not self.divided and size[0] == size[1] and (window is None or size[1] <= window)
                 masks[size] = None if causal else _mask(*size, window, dtype, self.device)
             pieces = [index for start, end in keys for index in range(piece_at[start], piece_at[end])]
             blocks.append(Block(queries, pieces, masks[size]))
@@ -127,17 +127,17 @@ def attend(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of the plan's segments: query [R, H, E], key and value [T, K, E] -> [R, H, E].
+    """Attention of the plan's segments: query [R, H, E], key [T, K, E] and value [T, K, V] -> [R, H, V].
 
-    `window` is the number of tokens, itself included, that a token may look back on.
+    V is E, but for models that make their heads' values of another size. `window` is the number of tokens, itself
+    included, that a token may look back on.
     """
     if query.is_cuda and query.dtype != torch.float32 and (kernel := flash_kernel()) is not None:
         g = plan.gather
         window = None if window is None or g.most_keys <= window else window
         return kernel(query, key[g.keys], value[g.keys], g, scale, window, dropout)
     cuts, blocks = plan.blocks(window, query.dtype)
-    divided = all(block.mask is not None for block in blocks)
-    if divided and query.dtype in (torch.float32, torch.float64) and onednn_is_faster() and not dropout:
+    if plan.divided and query.dtype in (torch.float32, torch.float64) and onednn_is_faster() and not dropout:
         result: Tensor = Blockwise.apply(query, key, value, cuts, blocks, scale, window)  # type: ignore[no-untyped-call]
         return result
     groups = query.shape[1] // key.shape[1]
@@ -175,7 +175,7 @@ class Blockwise(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         ctx.plan = cuts, blocks, scale, window
-        result = torch.empty(query.shape, dtype=query.dtype)
+        result = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype)
         q, out = _by_head(query, key).contiguous(), _by_head(result, key)
         k, v = (key * scale).transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
         ctx.save_for_backward(q, k, v)
@@ -191,7 +191,8 @@ class Blockwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cuts, blocks, scale, window = ctx.plan
         q, k, v = ctx.saved_tensors
-        by_query, by_key, by_value = torch.empty(grad.shape, dtype=grad.dtype), torch.zeros_like(k), torch.zeros_like(v)
+        by_query = torch.empty(*grad.shape[:2], q.shape[-1], dtype=grad.dtype)
+        by_key, by_value = torch.zeros_like(k), torch.zeros_like(v)
         rowwise = q, _by_head(grad, by_key.transpose(0, 1)).contiguous(), _by_head(by_query, by_key.transpose(0, 1))
         sizes = [block.queries for block in blocks]
         sides = (_pieces(side, cuts) for side in (k, v, by_key, by_value))
@@ -224,7 +225,7 @@ def _weights(rows: Tensor, keys: Tensor, block: Block, window: int | None) -> Te
     scores = product(rows.flatten(0, 1), keys, REPEATED)
     assert block.mask is not None
     ends = block.queries if window is None else len(keys)  # how many of the last keys are hidden from anyone
-    scores.view(*rows.shape[:2], -1)[..., -ends:].add_(block.mask[:, None, -ends:])
+    scores.view(*rows.shape[:2], len(keys))[..., -ends:].add_(block.mask[:, None, -ends:])
     return scores.softmax(-1)
 
 
@@ -240,7 +241,7 @@ def segment_attention(
     plan: Plan | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """The same as transformers calls it: query [1, H, T, E], key and value [1, K, T, E] -> [1, T, H, E]."""
+    """The same as transformers calls it: query [1, H, T, E], key [1, K, T, E], value [1, K, T, V] -> [1, T, H, V]."""
     if plan is None:
         raise ValueError("attention over segments needs the plan of the batch's segments")
     changed = [name for name in ("softcap", "s_aux") if others.get(name) is not None]
@@ -248,6 +249,9 @@ def segment_attention(
         raise ValueError(f"attention over segments does not do {', '.join(changed)}, which this model asks for")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotation has made fp32 of queries and keys, with which no fast kernel helps
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     return attend(q, k, v, plan, scale, sliding_window, dropout)[None], None
 
 
