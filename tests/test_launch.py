@@ -17,161 +17,11 @@ from typing import Any
 
 import pytest
 
-from zephyr import distributed
+from tests.waiting import until
 from zephyr.errors import Stopped, UserError
 from zephyr.launching.launch import JobFailed, free_port, launch
 
 ROOT = Path(__file__).parents[1]
-RANK = """
-import os, signal, sys, time
-from pathlib import Path
-
-from zephyr import distributed
-from zephyr.errors import UserError
-from zephyr.running.rank_log import move
-from zephyr.launching.worker import serve
-
-
-def mark(name, text=None):
-    file = OUTPUT / f"{name}-{distributed.rank()}"
-    file.with_suffix(".new").write_text(text or str(os.getpid()))
-    file.with_suffix(".new").rename(file)
-
-
-def total():
-    import torch
-
-    value = torch.tensor([10.0 ** distributed.rank()])
-    torch.distributed.all_reduce(value)
-    return value.item()
-
-
-def trains():
-    distributed.barrier()
-    distributed.all_equal("the same")
-    return total()
-
-
-def takes_turns():
-    with distributed.local_first():
-        mark("turn")
-        time.sleep(0.3)
-    distributed.barrier()
-    turns = [(OUTPUT / f"turn-{rank}").stat().st_mtime for rank in range(2)]
-    assert turns[1] - turns[0] >= 0.3, turns
-    return distributed.from_first(lambda: 7.0 + distributed.rank())
-
-
-def first_fails():
-    def make():
-        assert distributed.rank() == 0, "rank 1 was asked too"
-        raise KeyError("the cause")
-
-    try:
-        distributed.from_first(make)
-    except distributed.PartnerFailed:
-        mark("told")
-        raise
-    finally:
-        if distributed.rank() == 0:
-            time.sleep(1.5)  # as a logger may take to finish
-
-
-def unequal():
-    distributed.all_equal("abb"[distributed.rank()])
-
-
-def breaks():
-    total()
-    if distributed.rank() == 1:
-        print("the last words")
-        mark("failed")
-        raise ValueError("broken on purpose")
-    if CONFIG["stuck"]:
-        distributed._store.wait(["never"])
-    total()
-
-
-def killed():
-    move(OUTPUT)
-    total()
-    if distributed.rank() == 1:
-        if os.fork() == 0:  # a data worker
-            mark("child")
-            time.sleep(60)
-        while not (OUTPUT / "child-1").exists():
-            time.sleep(0.02)
-        print("the last words")
-        os.kill(os.getpid(), signal.SIGKILL)
-    total()
-
-
-def stuck():
-    mark("ready")
-    distributed._store.wait(["never"])
-
-
-def alone_speaks():
-    print(distributed.rank(), "loads")
-    move(OUTPUT)
-    print(distributed.rank(), "warns", file=sys.stderr)
-    os.system("echo $RANK calls a program")
-    return 0.25
-
-
-def alone_lists():
-    print(sys.argv[1], Path(sys.argv[1]).parent.stat().st_mode & 0o777)
-    print({name: os.environ.get(name) for name in CONFIG["names"]}, "torch" in sys.modules)
-    return 0.5
-
-
-def alone_mistaken():
-    raise UserError("data.train=nowhere does not exist.")
-
-
-def alone_steps():
-    received = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: received.append(signum))
-    move(OUTPUT)
-    if distributed.rank() == 0:
-        print("terminal" if sys.stdout.isatty() else "no terminal")
-    mark("ready")
-    while not received:
-        time.sleep(0.02)
-    time.sleep(2.7 if distributed.rank() == 0 else 0.5)  # the step and its checkpoint; then rank 0's logger
-    mark("received", str([int(signum) for signum in received]))
-    sys.exit(128 + received[0])
-
-
-def alone_deaf():
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    mark("ready")
-    time.sleep(0.5)
-
-
-def alone_stopped():
-    if distributed.rank() == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
-
-
-def alone_forks():
-    mark("forked" if os.fork() == 0 else "ready")  # a data worker
-    time.sleep(60)
-
-
-def body(config):
-    global CONFIG, OUTPUT
-    CONFIG, OUTPUT = config, Path(config["output_dir"])
-    if config["body"].startswith("alone"):
-        return globals()[config["body"]]()
-    with distributed.process_group("cpu"):
-        return globals()[config["body"]]()
-
-
-serve(body, Path(sys.argv[1]))
-"""
 PARENT = """
 import json, os, sys
 
@@ -190,9 +40,7 @@ Job = Callable[..., Any]
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """Launches the named body of RANK, in tmp_path/output or another folder; `apart`, under a parent of its own."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
+    """Launches a body of tests/rank_bodies.py, in tmp_path/output or another folder; `apart`, under a parent of its own."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -211,7 +59,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
         output.mkdir(exist_ok=True)
         trainer = {"num_nodes": num_nodes, "threads": None}
         config = {"body": body, "output_dir": str(output), "trainer": trainer, **more}
-        command = [sys.executable, str(script)]
+        command = [sys.executable, "-m", "tests.rank_bodies"]
         if not apart:
             return launch(config, processes, command)
         arguments = json.dumps([config, processes, command, terminal is not None])
@@ -229,10 +77,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 def wait_for(*files: Path) -> list[int]:
     """The process numbers that the files hold."""
-    end = time.monotonic() + 60
-    while not all(file.exists() for file in files):
-        assert time.monotonic() < end, [str(file) for file in files if not file.exists()]
-        time.sleep(0.02)
+    until(lambda: all(file.exists() for file in files))
     return [int(file.read_text()) for file in files]
 
 
@@ -244,10 +89,7 @@ def running(pid: int) -> bool:
 
 
 def assert_gone(pids: list[int]) -> None:
-    end = time.monotonic() + 2
-    while left := [pid for pid in pids if running(pid)]:
-        assert time.monotonic() < end, left
-        time.sleep(0.02)
+    until(lambda: not any(map(running, pids)), seconds=2)
 
 
 def test_two_jobs_at_the_same_time(job: Job) -> None:
@@ -434,121 +276,3 @@ def test_nobody_outlives_a_killed_parent(tmp_path: Path, job: Job) -> None:
     parent.wait()
     assert_gone(pids)
     assert not list(tmp_path.glob("zephyr-*/config.json"))
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The process's own, without any launcher, and put back afterwards."""
-    mine = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "PMI_"))}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"):
-        mine.pop(name, None)
-    monkeypatch.setattr("os.environ", mine)
-    return mine
-
-
-SRUN = {
-    "SLURM_JOB_ID": "123456",
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
-    "SLURM_NTASKS": "8",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-    "SLURM_STEP_NODELIST": "gpu[07-08]",
-    "SLURM_JOB_NODELIST": "cpu1,gpu[07-08]",
-}
-
-
-def test_srun_is_translated(environment: dict[str, str]) -> None:
-    environment |= SRUN
-    assert distributed.joined()
-    distributed.adopt_slurm()
-    assert (distributed.rank(), distributed.local_rank(), distributed.world_size(), distributed.nodes()) == (5, 1, 8, 2)
-    assert environment["NODE_RANK"] == "1" and environment["LOCAL_WORLD_SIZE"] == "4"
-    # 123456 = 6 x 20000 + 3456
-    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("gpu07", "13456")
-    before = dict(environment)
-    distributed.adopt_slurm()
-    assert environment == before and distributed.joined()
-
-
-@pytest.mark.parametrize(
-    "changed, port",
-    [({"SLURM_STEP_ID": "1"}, "18455"), ({"SLURM_JOB_ID": "16"}, "10016"), ({"MASTER_PORT": "2"}, "2")],
-)
-def test_steps_of_a_job_meet_at_different_ports(
-    environment: dict[str, str], changed: dict[str, str], port: str
-) -> None:
-    environment |= SRUN | changed
-    distributed.adopt_slurm()
-    assert environment["MASTER_PORT"] == port
-
-
-def test_nodes_with_different_numbers_of_tasks(environment: dict[str, str]) -> None:
-    environment |= SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2"}
-    with pytest.raises(UserError, match="--ntasks-per-node"):
-        distributed.adopt_slurm()
-
-
-@pytest.mark.parametrize(
-    "nodes, first",
-    [
-        ("node[01-04,7]", "node01"),
-        ("node[7,01-04]", "node7"),
-        ("a,b[1-2]", "a"),
-        ("n[1-2],m", "n1"),
-        ("host", "host"),
-        ("rack[2-3]n[001,005]-ib", "rack2n001-ib"),
-        ("a-b-[10-12].cluster", "a-b-10.cluster"),
-    ],
-)
-def test_first_host(nodes: str, first: str) -> None:
-    assert distributed.first_host(nodes) == first
-
-
-SUBMITIT = {**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-BATCH = {name: value for name, value in SRUN.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
-
-
-@pytest.mark.parametrize(
-    "variables, expected",
-    [
-        ({}, False),
-        (SUBMITIT, False),
-        (BATCH, False),
-        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc's shell
-        ({"LOCAL_RANK": "0", "RANK": "0"}, False),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
-        (SRUN, True),
-        ({**SUBMITIT, "RANK": "1", "WORLD_SIZE": "2"}, True),
-        ({"PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({**SRUN, "PMI_SIZE": "8"}, True),
-    ],
-)
-def test_who_has_joined(environment: dict[str, str], variables: dict[str, str], expected: bool) -> None:
-    environment |= variables
-    assert distributed.joined() is expected
-    distributed.adopt_slurm()
-    assert ("WORLD_SIZE" in environment) is expected
-
-
-@pytest.mark.parametrize("name", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_mpirun_is_refused_rather_than_every_process_training_alone(environment: dict[str, str], name: str) -> None:
-    environment[name] = "4"
-    with pytest.raises(UserError, match="torchrun or srun"):
-        distributed.joined()
-
-
-def test_alone_there_is_nobody_to_wait_for(environment: dict[str, str]) -> None:
-    facts = (distributed.rank(), distributed.local_rank(), distributed.world_size(), distributed.nodes())
-    assert facts == (0, 0, 1, 1)
-    for _ in range(2):
-        with distributed.process_group("cpu"), distributed.local_first():
-            assert distributed.from_first(lambda: 3) == 3
-    distributed.barrier()
-    distributed.all_equal("x")
-    with distributed.local_first():
-        assert distributed.from_first(lambda: 4) == 4
-    for _ in range(2):
-        with pytest.raises(KeyError), distributed.process_group("cpu"):
-            raise KeyError
