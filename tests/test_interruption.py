@@ -11,11 +11,9 @@ from typing import Any
 import lightning as L
 import pytest
 
-from tests.test_checkpoint import CLAIM, Copy, Lines, Result, assert_same, names, quiet, train, whole
+from tests.checkpointing import CLAIM, Copy, Line, Lines, assert_same, names, train, whole
 from zephyr.checkpoints.checkpoint import Checkpoints, newest
 from zephyr.checkpoints.interruption import StopOnSignal, Stopped, stoppable
-
-__all__ = ["quiet", "whole"]  # fixtures
 
 
 class Send(L.Callback):
@@ -32,7 +30,7 @@ class Send(L.Callback):
             self.signals = ()
 
 
-def stop(folder: Path, send: Send, every: int = 100) -> tuple[Stopped, list[tuple[int, str, float]]]:
+def stop(folder: Path, send: Send, every: int = 100) -> tuple[Stopped, list[Line]]:
     """Train until stopped; returns what was raised and the log lines of the run."""
     lines = Lines()
     checkpoints = Checkpoints(folder, every, 9, CLAIM)
@@ -59,18 +57,16 @@ def stop(folder: Path, send: Send, every: int = 100) -> tuple[Stopped, list[tupl
     ],
 )
 @pytest.mark.parametrize("every", [1, 100])
-def test_stopped_and_resumed_equals_uninterrupted(
-    tmp_path: Path, whole: Result, hook: str, at: int, saved: int, every: int
-) -> None:
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, hook: str, at: int, saved: int, every: int) -> None:
     stopped, lines = stop(tmp_path, Send(hook, at, signal.SIGTERM), every)
     assert stopped.signal == signal.SIGTERM
     step = newest(tmp_path)
     assert step is not None and step.name == f"step-{saved:08d}"
     rest = train(tmp_path, every, seed=99, resume=step)
-    assert_same(rest, whole, lines + rest.lines)
+    assert_same(rest, whole(), lines + rest.lines)
 
 
-def test_two_stops_in_one_validation_lose_and_repeat_nothing(tmp_path: Path, whole: Result) -> None:
+def test_two_stops_in_one_validation_lose_and_repeat_nothing(tmp_path: Path) -> None:
     _, first = stop(tmp_path, Send("on_train_batch_end", 8, signal.SIGTERM))
     step, lines = newest(tmp_path), Lines()
     checkpoints = Checkpoints(tmp_path, 100, 9, CLAIM)
@@ -79,7 +75,7 @@ def test_two_stops_in_one_validation_lose_and_repeat_nothing(tmp_path: Path, who
         train(tmp_path, seed=98, resume=step, callbacks=again, checkpoints=checkpoints)
     assert newest(tmp_path) == step and lines.lines == []
     rest = train(tmp_path, seed=99, resume=step)
-    assert_same(rest, whole, first + rest.lines)
+    assert_same(rest, whole(), first + rest.lines)
 
 
 def test_second_interrupt_stops_at_once(tmp_path: Path) -> None:
