@@ -22,9 +22,11 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader
+from transformers import GemmaConfig
 
 from tests.ranks import spawn
 from tests.test_conf import load as load_conf
+from tests.test_decoder import KINDS, SIZES
 from tests.test_estimate import base, batch_of
 from zephyr import distributed
 from zephyr.data.packing import deal
@@ -77,6 +79,33 @@ def test_embedding_and_head_are_gathered_before_everything():
     job = Job(TOY, BODY, outside=100_000_000, outside_trained=100_000_000, processes=2, sharded=True)
     compute, total = micro_batch(job, THOUSAND)
     assert total - compute == pytest.approx(0.5 + 2 * 0.1 + 0.2)  # as above; two gathers, one sum
+
+
+def test_a_reference_beside_the_policy_reads_no_weight_of_its_own():
+    """Gathers as above: one before everything in place of two, and one a layer behind which both compute."""
+    job = Job(TOY, BODY, processes=2, sharded=True, forwards=2)
+    beside = replace(job, together=True)
+    assert micro_batch(job, THOUSAND) == pytest.approx((4, 4 + 2 * 0.125 + 0.375))
+    assert micro_batch(beside, THOUSAND) == pytest.approx((4, 4 + 0.125 + 0.375))
+    apart = [micro_batch(replace(each, nodes=2), THOUSAND)[1] for each in (job, beside)]
+    assert apart[0] - apart[1] == pytest.approx(5 * 0.625)
+    # 10^9 weights in four bits, 2.5 bytes moved for each: the loss of a whole step computes all of it twice
+    slow = TOY._replace(bandwidth=1 / MEMORY)
+    of_a_step = Job(slow, BODY._replace(body_trained=0), packed=1_000_000_000, forwards=4)
+    apart = [micro_batch(replace(of_a_step, together=each), THOUSAND)[0] for each in (False, True)]
+    assert apart == pytest.approx([4 + 1 + 5 * 2.5, 4 + 1 + 3 * 2.5])
+
+
+def test_the_reference_goes_beside_the_policy_where_the_run_lets_it():
+    """As AdapterOff.beside: not with DoRA, compiled layers, or layers of other architectures."""
+
+    def together(*changes: str, config: Any = KINDS["mistral"], reference: str = "adapter") -> bool:
+        settings = parse(load_conf("stage=dpo", "trainer=lora", "model.path=mine", *changes))
+        return make_job(settings, config, 1, None, reference).together
+
+    assert together() and together("trainer.strategy=fsdp", "model.activation_checkpointing=full")
+    assert not together("model.lora.dora=true") and not together("trainer.compile=true")
+    assert not together(config=GemmaConfig(**SIZES, head_dim=16)) and not together(reference="precomputed")
 
 
 def test_copies_of_a_sharded_model_sum_their_shards():

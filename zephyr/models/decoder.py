@@ -51,6 +51,12 @@ def _compiled(half: Half) -> Half:
     return torch.compile(half, dynamic=True)
 
 
+def written(core: Any) -> bool:
+    """Whether the layers of a causal LM are of a kind that this module writes."""
+    built_so = all(type(layer).__name__ in _BUILT_SO for layer in core.get_decoder().layers)
+    return built_so and core.config.hidden_act == "silu"
+
+
 def rewrite(core: Any, checkpointing: Checkpointing = "none", compiled: bool = False) -> bool:
     """Let the layers of a causal LM compute packed rows as written here; False if they are built otherwise.
 
@@ -58,9 +64,9 @@ def rewrite(core: Any, checkpointing: Checkpointing = "none", compiled: bool = F
     results, a third of what a layer keeps, at no product's cost. "full" computes again the whole layer. `compiled`
     hands what lies before and behind attention to torch.compile, which then decides itself what to keep.
     """
-    layers = core.get_decoder().layers
-    if any(type(layer).__name__ not in _BUILT_SO for layer in layers) or core.config.hidden_act != "silu":
+    if not written(core):
         return False
+    layers = core.get_decoder().layers
     again = recomputed if checkpointing == "selective" and not compiled else _kept
     halves = (
         (_compiled(before), _compiled(behind))

@@ -14,6 +14,7 @@ from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pac
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import load_tokenizer
 from zephyr.errors import UserError
+from zephyr.models import decoder
 from zephyr.models.lineage import lineage
 from zephyr.models.policy import Placement, read_config, skeleton
 from zephyr.objectives import REFERENCE_FREE, STEPWISE
@@ -204,11 +205,11 @@ def _work(settings: Settings, data: DataModule | None) -> tuple[Work, Examples]:
 
 def make_job(settings: Settings, config: Any, processes: int, replicas: int | None, reference: str | None) -> Job:
     """The run as far as its time goes; sharded unless `replicas` is None."""
-    model, trainer = settings.model, settings.trainer
+    model, trainer, lora = settings.model, settings.trainer, settings.model.lora
     bare: Any = skeleton(config)
     number, size = counts(model, config), model_size(bare)
     outside = sum(p.numel() for p in bare.parameters()) - size.body
-    whole = model.lora is None
+    whole = lora is None
     if not whole:
         size = size._replace(body=size.body + number.trained, body_trained=number.trained, head_trained=0)
     layer = [m.weight for m in bare.get_decoder().layers[0].modules() if isinstance(m, nn.Linear)]
@@ -231,6 +232,8 @@ def make_job(settings: Settings, config: Any, processes: int, replicas: int | No
         recomputed={"none": 0.0, "selective": wide, "full": 1.0}[model.activation_checkpointing],
         forwards=(1 + live) * (1 + stepwise),
         reference=live,
+        # as AdapterOff.beside decides
+        together=reference == "adapter" and not (trainer.compile or (lora and lora.dora)) and decoder.written(bare),
         single=trainer.precision == "32-true",
         use=placement.compute.itemsize,
         kept=placement.trained.itemsize,

@@ -50,6 +50,7 @@ class Job:
     recomputed: float = 0.0  # share of a layer's products that the backward pass computes again; 1: attention too
     forwards: int = 1  # passes in a micro-batch: a live reference makes two; a loss of the whole step doubles them
     reference: bool = False  # whether one is live, which the mathematics counts
+    together: bool = False  # that reference goes beside the policy, each weight read once for both
     single: bool = False  # products in fp32
     use: int = 2  # bytes of a weight as it is gathered and multiplied
     kept: int = 4  # bytes of a trained weight, and of its gradient
@@ -60,6 +61,11 @@ class Job:
     def shards(self) -> int:
         """Processes that share one copy of the model."""
         return self.processes // self.replicas if self.sharded else 1
+
+    @property
+    def readings(self) -> int:
+        """Forward passes in a micro-batch that find weights anew: gathered, or unpacked from four bits."""
+        return self.forwards // (1 + self.together)
 
     @property
     def trained(self) -> int:
@@ -93,10 +99,10 @@ def micro_batch(job: Job, of: Load, train: bool = True) -> tuple[float, float]:
     """Seconds of computing and, with what communication adds to it, of all. Without `train` one forward pass alone."""
     forward, backward, head, head_backward = _products(job, of)
     layers, gather, edge = job.size.layers, *_gathers(job)
-    passes = job.forwards if train else 1
+    passes, readings = (job.forwards, job.readings) if train else (1, 1)
     compute = passes * (layers * forward + head)
     # the first gathers have nothing to hide behind: the embedding and head, which are one, and the first layer
-    total = passes * (edge + gather + layers * _both(job, forward, gather) + head)
+    total = readings * (edge + gather + layers * _both(job, passes / readings * forward, gather)) + passes * head
     if train:
         scatter, edge_scatter = _scatters(job)
         compute += layers * backward + head_backward + _touched(job)
@@ -132,9 +138,9 @@ def _touched(job: Job) -> float:
     unpacked in each pass.
     """
     whole = job.size.body + job.outside - job.packed
-    moved = job.packed * 2.5 * (job.forwards + 1 + (job.recomputed > 0))
+    moved = job.packed * 2.5 * (job.readings + 1 + (job.recomputed > 0))
     if job.sharded:
-        moved += (job.forwards + 1) * 3 * job.use * whole
+        moved += (job.readings + 1) * 3 * job.use * whole
         moved += job.trained * (job.use + 2 * job.kept + 3 * job.kept / job.shards)
     else:
         casts = 2 * (job.use + job.kept) if job.use < job.kept else 0
