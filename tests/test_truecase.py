@@ -7,7 +7,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import truecasing
@@ -148,6 +148,8 @@ _FRAGMENTS = st.sampled_from(
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(_FRAGMENTS, max_size=30).map(" ".join) | st.text(max_size=80))
+@example("hello i 0 i'm")  # the second i is no sign of mathematics
+@example("for i in the house. hello i 5 i have")
 def test_of_any_text_only_the_case_changes_and_only_once(text: str) -> None:
     once = truecase(text)
     assert len(once) == len(text)

@@ -40,6 +40,7 @@ _LONE_I = re.compile(
     r"(?<![^\s(\"'“‘\[*_,;:!?—–…/.])(?<!\w[.'/_*])i"
     r"(?=['’](?:m|ve|d|ll|s)\b|(?![\w@/\\^+*=<>&$%~’'-]|[.)]\w|\.[A-Za-z]))"
 )
+_MATHEMATICAL = re.compile(r"[Ff]or i in\b|\bi\s*(?:=|\+\+|\+=|<|>)|\[i\]|_i\b|\^i\b|\d\s*i\b|\bi\^|-th\b|\bi\*")
 CONTRACTIONS = frozenset(f"i{mark}{end}" for mark in "'’" for end in ("m", "ve", "d", "ll")) | {"i"}
 _NUMERAL = re.compile(r"[ivxl]{1,5}[.)](?!\w)")
 _LABEL_NUMBER = re.compile(r"\d+[:.] |/[A-Z]")
@@ -101,6 +102,9 @@ class Message:
         self._names()
         if self.all_lower:
             self._whole(lost)
+        return self._in_order()
+
+    def _in_order(self) -> list[Change]:
         return [self.found[start] for start in sorted(self.found)]
 
     def _whole(self, lost: int) -> None:
@@ -241,30 +245,31 @@ class Message:
     # the pronoun
 
     def _pronouns(self) -> None:
-        text = self.text
-        mathematical = re.search(
-            r"for i in\b|\bi\s*(?:=|\+\+|\+=|<|>)|\[i\]|_i\b|\^i\b|\d\s*i\b|\bi\^|-th\b|\bi\*", text
-        )
-        for match in _LONE_I.finditer(text):
-            start = match.start()
-            if self._is_kept(start):
+        doubtful = []
+        for match in _LONE_I.finditer(self.text):
+            if self._is_kept(match.start()):
                 continue
-            if text[start + 1 : start + 2] in ("'", "’"):
-                self._change("pronoun_i", start, "i", "I")
-                continue
-            following = WORD.match(text, start + 2)
-            next_word = (
-                following.group().lower().replace("’", "'") if following and text[start + 1 : start + 2] == " " else ""
-            )
-            if next_word not in I_VERBS:
-                previous = WORD.findall(text, max(0, start - 30), start)
-                opened = text[start - 1 : start] in "([\"'“‘" and text[start + 1 : start + 2] in ")]\"'”’.,"
-                if mathematical or opened or (previous and previous[-1].lower() in BEFORE_NUMERAL):
-                    continue
-                if text[start + 1 : start + 2] in (".", ")") and text[:start].rstrip(" \t(")[-1:] in ("", "\n", ":"):
-                    continue
-                if not self._english(max(0, start - 60), start + 60):
-                    continue
+            if self.text[match.end() : match.end() + 1] in ("'", "’") or self._word_behind(match) in I_VERBS:
+                self._change("pronoun_i", match.start(), "i", "I")
+            else:
+                doubtful.append(match)
+        # what is mended by now is no sign of mathematics: "0 i'm" is, to who looks at it before
+        if doubtful and not _MATHEMATICAL.search(applied(self.text, self._in_order())):
+            for match in doubtful:
+                self._doubtful_pronoun(match)
+
+    def _word_behind(self, match: re.Match[str]) -> str:
+        following = WORD.match(self.text, match.end() + 1) if self.text[match.end() : match.end() + 1] == " " else None
+        return following.group().lower().replace("’", "'") if following else ""
+
+    def _doubtful_pronoun(self, match: re.Match[str]) -> None:
+        text, start, behind = self.text, match.start(), self.text[match.end() : match.end() + 1]
+        before, opening = text[start - 1 : start], text[:start].rstrip(" \t(")[-1:]
+        previous = WORD.findall(text, max(0, start - 30), start)
+        quoted = before in "([\"'“‘" and behind in ")]\"'”’.,"
+        numeral = previous and previous[-1].lower() in BEFORE_NUMERAL
+        of_a_list = behind in (".", ")") and opening in ("", "\n", ":")
+        if not (quoted or numeral or of_a_list) and self._english(max(0, start - 60), start + 60):
             self._change("pronoun_i", start, "i", "I")
 
     # names
