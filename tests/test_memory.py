@@ -4,7 +4,11 @@ import ctypes
 import subprocess
 import sys
 
+from types import SimpleNamespace
+
 import pytest
+
+from zephyr.training.memory import keep_freed
 
 SCRIPT = """
 import resource, torch
@@ -33,3 +37,18 @@ def test_what_is_freed_is_kept():
     # block moves the next one elsewhere, whose pages are new: now and then, not each time.
     assert given_back >= 32 * 16
     assert kept < given_back / 8
+
+
+@pytest.mark.parametrize(("most", "wanted"), [(2**31, 2**31 - 1), (2**25, 2**25)])
+def test_an_older_library_is_told_the_most_it_takes(most, wanted, monkeypatch):
+    """It refuses more, and has by then stopped to find the bound by itself."""
+    told = {}
+
+    def mallopt(option, value):
+        taken = option != -3 or value <= most
+        told.update({option: value} if taken else {})
+        return taken
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    keep_freed()
+    assert told == {-1: -1, -2: 2**26, -3: wanted}

@@ -2,10 +2,12 @@
 
 import ctypes
 
-# of glibc's malloc.h; what they are set to
+# of glibc's malloc.h; what they are set to, and what instead where that is refused
 _TRIM_THRESHOLD = -1, -1  # bytes free at the end of the heap, from which on they are given back: never
 _TOP_PAD = -2, 2**26  # bytes more than needed, when the heap grows
-_MMAP_THRESHOLD = -3, 2**31 - 1  # bytes of an allocation that is mapped by itself, and given back when freed
+# Bytes of an allocation that is mapped by itself, and given back when freed. An older glibc takes no more than half of
+# a heap; if it took none it would map all from 128 KiB on, as it raises that bound only until any of these is set.
+_MMAP_THRESHOLD = -3, 2**31 - 1, 2**25
 
 
 def keep_freed() -> None:
@@ -15,5 +17,5 @@ def keep_freed() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for option in (_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD):
-            mallopt(*option)
+        for option, *values in (_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD):
+            any(mallopt(option, value) for value in values)  # the first that it takes
