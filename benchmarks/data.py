@@ -2,6 +2,9 @@
 
 `python -m benchmarks.data [--dialogues N] [--chats FILE] --output FILE`: a table, and the same as JSON. Without
 `--chats`, the dialogues are drawn from an invented vocabulary, as long as UltraChat's are in the mean.
+
+What loads torch is imported where it is needed: each process that tokenises reads this file again as it starts, as it
+does train.py, and would be charged with the seconds that takes.
 """
 
 import argparse
@@ -17,19 +20,20 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from benchmarks import machine
 from zephyr import settings
 from zephyr.data import encode, sources
 from zephyr.data.encode import ConversationRows, Options
-from zephyr.data.modules import ChatData, Steps
 from zephyr.data.packing import best_fit, pack
-from zephyr.data.render import chat_format, control_tokens, template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from zephyr.data.modules import ChatData
 
 LENGTH = 2048  # tokens of a packed row
 VOCABULARY = 32_000
@@ -57,8 +61,12 @@ def dialogues(count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
         yield messages
 
 
-def trained(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+def trained(texts: Iterator[str]) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer of these texts, in Zephyr's format."""
+    from transformers import PreTrainedTokenizerFast
+
+    from zephyr.data.render import control_tokens, template
+
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -85,6 +93,8 @@ def tokenising(tokenizer: Any, paths: list[Path]) -> dict[str, Any]:
 
     A round takes the dialogues of one of the files, the bare tokenizer first.
     """
+    from zephyr.data.render import chat_format
+
     form, cores = chat_format(tokenizer), encode.cores()
     encoder = form.encoder()
 
@@ -123,6 +133,8 @@ def _cpu() -> float:
 
 def from_cache(tokenizer: Any, chats: Path, cache: Path) -> dict[str, Any]:
     """Seconds of the first start, which tokenises, and of the second, which does not; both hash and pack."""
+    from zephyr.data.modules import ChatData
+
     data = settings.ChatData(
         train=str(chats), validation=None, max_length=LENGTH, batch_size=128, micro_batch_tokens=8 * LENGTH,
         system=None, bad_rows="error", workers=0, cache=str(cache), loss_on="assistant",
@@ -136,8 +148,10 @@ def from_cache(tokenizer: Any, chats: Path, cache: Path) -> dict[str, Any]:
     return {"first start (s)": seconds[0], "second start (s)": seconds[1], **steps(module), **packing(module)}
 
 
-def steps(module: ChatData) -> dict[str, Any]:
+def steps(module: "ChatData") -> dict[str, Any]:
     """CPU time to make one step, and how long a loop waits for it that computes for a second a step."""
+    from zephyr.data.modules import Steps
+
     made = Steps(module.train, 128, module.settings.micro_batch_tokens, 6, 0)
     started = time.process_time()
     for step in range(len(made)):
@@ -158,7 +172,7 @@ def steps(module: ChatData) -> dict[str, Any]:
     }
 
 
-def packing(module: ChatData) -> dict[str, Any]:
+def packing(module: "ChatData") -> dict[str, Any]:
     """How full the rows are, of the dialogues and of lengths after a lognormal law."""
     draw = np.random.default_rng(0)
     table = module.train.table  # type: ignore[attr-defined]
@@ -195,6 +209,8 @@ def lower_bound(lengths: list[int]) -> int:
 
 def main() -> None:
     """Measure all of it."""
+    from benchmarks import machine
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dialogues", type=int, default=200_000)
     parser.add_argument("--chats", type=Path)
