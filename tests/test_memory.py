@@ -3,7 +3,6 @@
 import ctypes
 import subprocess
 import sys
-
 from types import SimpleNamespace
 
 import pytest
