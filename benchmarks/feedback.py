@@ -8,7 +8,8 @@ faults      30 % of all requests meet a 429, a 500, a connection that drops, hal
 kills       SIGKILL at random moments, the last start ends: the same files; nothing that the ledger held is asked again;
             what had been answered and was asked again, by the server's own count, is reported
 throughput  requests a second with a server that answers in 50 ms and 64 in flight, as a share of the ideal 1,280, and
-            of what a loop of bare aiohttp requests reaches in turns with it, which keeps, repeats and bounds nothing
+            of what a loop of bare aiohttp requests reaches in turns with it, which keeps, repeats and bounds nothing;
+            likewise of the whole command, prompts to files, by its own report
 ledger      what a reply costs to record and to find among a thousand and among a million
 """
 
@@ -166,7 +167,8 @@ def recorded(path: Path) -> set[str]:
 def throughput(folder: Path, number: int, rounds: int = 3) -> dict[str, Any]:
     """Against a server in a process of its own, and the CPU-seconds that each request costs the asker."""
     delay, flight = 0.05, 64
-    shares, bare, seconds = [], [], []
+    write_prompts(prompts := folder / "of_throughput.jsonl", -(-number // REQUESTS))
+    shares, whole, bare, seconds = [], [], [], []
     for turn in range(rounds):
         port = folder / f"port{turn}"
         server = subprocess.Popen([sys.executable, "-m", "tests.openai_server", port, str(delay)])
@@ -179,6 +181,9 @@ def throughput(folder: Path, number: int, rounds: int = 3) -> dict[str, Any]:
             taken = asyncio.run(_ask(pool, folder / f"speed{turn}.sqlite", number, flight))
             after = resource.getrusage(resource.RUSAGE_SELF)
             bare.append(number * delay / flight / asyncio.run(_ask_bare(url, number, flight)))
+            run(command(url, prompts, output := folder / f"speed{turn}", flight))
+            report = json.loads((output / "report.json").read_text())
+            whole.append(report["this_run"]["requests_per_second"] * delay / flight)
         finally:
             server.kill()
             server.wait()
@@ -191,6 +196,8 @@ def throughput(folder: Path, number: int, rounds: int = 3) -> dict[str, Any]:
         "server_seconds": delay,
         "share_of_ideal": round(statistics.median(shares), 4),
         "shares": [round(share, 4) for share in shares],
+        "share_of_ideal_whole_command": round(statistics.median(whole), 4),
+        "shares_whole_command": [round(share, 4) for share in whole],
         "shares_of_bare_aiohttp": [round(share, 4) for share in bare],
         "share_of_bare_aiohttp": round(statistics.median(a / b for a, b in zip(shares, bare, strict=True)), 4),
         "cpu_ms_a_request": round(1e3 * statistics.median(seconds), 3),

@@ -33,6 +33,7 @@ from tests.ranks import spawn
 from tests.test_conf import load
 from zephyr import distributed
 from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pack_pairs
+from zephyr.models import products
 from zephyr.models.attention import undivided
 from zephyr.models.policy import Placement, check_policy
 from zephyr.planning.estimate import State, counts, state
@@ -241,6 +242,17 @@ def test_a_real_step_takes_the_memory_that_was_predicted(small, tmp_path, name):
     ((_, guess, truth),) = compare([name], small, 512, tmp_path)
     # oneDNN's bf16 product takes a copy of its operands for itself, which counts where the head is the peak
     assert guess == pytest.approx(truth, rel=0.05 if "bf16" in name else 0.02)
+
+
+@pytest.mark.parametrize("name", ["full, fp32", "DPO, LoRA, adapter"])
+def test_a_prediction_does_not_depend_on_the_cpu_it_is_made_on(small, name, monkeypatch):
+    found = []
+    for held_back in (True, False):
+        monkeypatch.setattr(products, "_held_back", lambda held_back=held_back: held_back)
+        settings = settings_of(CASES[name], small)
+        run = Run(settings, check_policy(small, None), None, CASES[name].reference, batch_of(CASES[name].stage, 512), 1)
+        found.append(peak(run))
+    assert found[0] == found[1]
 
 
 def test_a_real_step_of_two_processes_takes_the_memory_that_was_predicted(small, tmp_path):

@@ -7,6 +7,7 @@ takes every prompt from the beginning, and finds there what has been answered.
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -78,7 +79,11 @@ def _run(
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row is not None)
 
         with Shown(total, settings, redact(config), output) as shown:
-            client = asyncio.run(interruptible(collector.collect(prompts, ledger, write, shown)))
+            gc.freeze()  # what is loaded by now stays: to look through it again and again would hold up all requests
+            try:
+                client = asyncio.run(interruptible(collector.collect(prompts, ledger, write, shown)))
+            finally:
+                gc.unfreeze()
             account.check()
             report = account.report(
                 redact(config), prompts, client, ledger,

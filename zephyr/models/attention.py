@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from zephyr.data.batch import Segment
-from zephyr.models.products import REPEATED, onednn_is_faster, product, product_over_rows
+from zephyr.models.products import REPEATED, onednn_is_faster, product, product_over_rows, torchs_own
 
 SEGMENTS = "segments"
 _block: float = 128  # queries, about; of 64 to 256 the fastest on a CPU at heads of 32 and of 64
@@ -34,11 +34,12 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def undivided() -> Iterator[None]:
-    """Segments are asked whole, as a GPU's kernels do, while one is simulated."""
+    """Segments are asked whole and products are torch's own, as on a GPU, while one is simulated."""
     global _block
     before, _block = _block, math.inf
     try:
-        yield
+        with torchs_own():
+            yield
     finally:
         _block = before
 

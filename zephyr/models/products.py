@@ -6,6 +6,8 @@ there. All other products are torch's, as is everything that is compiled.
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,27 @@ REPEATED = 10  # times at least that the layers of a model, or the heads of a la
 _SHAPES = 256  # of products, for which oneDNN keeps its preparations: half a MiB each, and rows differ in length
 
 
-@cache
+_torchs_own = False
+
+
+@contextmanager
+def torchs_own() -> Iterator[None]:
+    """All products are torch's, as on a GPU, while one is simulated."""
+    global _torchs_own
+    before, _torchs_own = _torchs_own, True
+    try:
+        yield
+    finally:
+        _torchs_own = before
+
+
 def onednn_is_faster() -> bool:
-    """Whether this is a CPU that MKL does not make full use of."""
+    """Whether this is a CPU that MKL does not make full use of, and that stands for nothing else."""
+    return not _torchs_own and _held_back()
+
+
+@cache
+def _held_back() -> bool:
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES))  # read at its first product
