@@ -1,5 +1,8 @@
 """Products of our own choosing, against the same in float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,3 +93,31 @@ def test_a_compiler_finds_one_graph_whatever_the_size(monkeypatch):
         x = torch.randn(rows, 8)
         assert_close(compiled(x), F.linear(x, weight))
     assert len(graphs) == 1
+
+
+SHAPES = """
+import re
+from pathlib import Path
+import torch
+from zephyr.models import products
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+products._LEAST, products._SHAPES = 0, 16
+products.onednn_is_faster()
+products.onednn_is_faster = lambda: True
+x, weight = torch.randn(600, 512), torch.randn(512, 512)
+products.product(x, weight)
+before = resident()
+for rows in range(100, 500):
+    products.product(x[:rows], weight)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells what is resident")
+def test_preparations_are_kept_for_few_shapes(library):
+    """400 shapes take 270 MiB where all are kept; torch keeps them beside oneDNN."""
+    if not library:
+        pytest.skip("once is enough")
+    found = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True).stdout
+    assert int(found) < 100

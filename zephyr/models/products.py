@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 _FEW = 64  # rows of which a product costs less than oneDNN's preparations
 _LEAST = 1e8  # floating-point operations that make their half a millisecond worth while
 REPEATED = 10  # times at least that the layers of a model, or the heads of a layer, ask for products of a shape
-_SHAPES = 256  # of products, for which oneDNN keeps its preparations: half a MiB each, and rows differ in length
+_SHAPES = 256  # of products, for which oneDNN keeps its preparations: half a MiB each and more, and rows differ
 
 
 _torchs_own = False
@@ -46,7 +46,8 @@ def onednn_is_faster() -> bool:
 def _held_back() -> bool:
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES))  # read at its first product
+    for keeper in ("ONEDNN_PRIMITIVE_CACHE", "LRU_CACHE"):  # torch keeps them too; both read it at a first product
+        os.environ.setdefault(f"{keeper}_CAPACITY", str(_SHAPES))
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:  # no Linux
