@@ -7,7 +7,7 @@ os.environ["WANDB_MODE"] = "offline"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=2, help="kill -9 a run so many times before comparing it (test_kill)")
+    parser.addoption("--kills", type=int, default=2, help="kill -9 a run so many times, and a process that saves twice as often")
 
 
 @pytest.fixture(scope="session")

@@ -162,12 +162,12 @@ def save_for_ever(folder: Path, weights: Tensor, started: Any) -> None:
             io.remove_checkpoint(old)
 
 
-def test_kill_at_any_moment_leaves_no_damaged_step(tmp_path: Path) -> None:
+def test_kill_at_any_moment_leaves_no_damaged_step(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     fork = multiprocessing.get_context("fork")
     weights = torch.randn(500_000)
     moments = random.Random()
     leftovers = 0
-    for trial in range(int(os.environ.get("ZEPHYR_KILLS", "4"))):
+    for trial in range(2 * pytestconfig.getoption("--kills")):
         folder = tmp_path / str(trial)
         small(folder, 0)
         started = fork.Event()

@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import gzip
 import shutil
 import ssl
 import subprocess
 import time
+import zlib
 from functools import partial
 
 import pytest
@@ -86,6 +88,20 @@ def test_what_is_sent_to_the_byte():
         b"POST /v1/x HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAuthorization: Bearer key\r\n" % script.port
         + b"X-Client-Request-Id: name0\r\nContent-Length: 6\r\n\r\nbody 0"
     ]
+
+
+def packed(body, coding=b"gzip", pack=gzip.compress):
+    said = pack(body)
+    return b"HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\nContent-Length: %d\r\n\r\n" % (coding, len(said)) + said
+
+
+def test_a_body_that_is_packed_unasked_is_unpacked_within_the_bound():
+    script = Script(packed(b"x" * BOUND), packed(b"hi", b"Deflate", zlib.compress), packed(b"x" * (BOUND + 1)),
+                    packed(b"hi", pack=lambda body: gzip.compress(body)[:-1]), OK)  # fmt: skip
+    *whole, large, cut, last = ask(script, 5)
+    assert [answer.content for answer in whole] == [b"x" * BOUND, b"hi"]
+    assert isinstance(large, TooLarge) and isinstance(cut, BadResponse) and last.content == b"hi"
+    assert script.connections == 3  # one is kept behind what was whole, none behind what was not
 
 
 @pytest.mark.parametrize(

@@ -309,3 +309,13 @@ def test_critiques_of_gpt_4_parse_to_their_recorded_scores():
                 assert read_critique(critique, 10).score == recorded, critique
                 met["single"] += 1
     assert met == {"single": 6156, "pairwise": 255, "zero": 1, "ratings": 320, "none": 64}
+
+
+def test_half_a_character_in_json_is_replaced():
+    half = '{"text_1": {"rationale": "\\ud83d so \\ud83d\\ude00", "rating": "4"}}'
+    (read,) = read_ratings(half, 1, 5, True)
+    assert read == Rated(4.0, "\ufffd so \U0001f600")
+    critique = read_critique('{"feedback": "\\ude00", "overall_score": 7}', 10)
+    assert critique == Critique("\ufffd", 7.0)
+    refused = read_critique('["\\ud83d"]', 10)
+    assert isinstance(refused, Unreadable) and refused.detail == "['\ufffd']"

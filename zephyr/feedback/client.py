@@ -15,7 +15,7 @@ from zephyr.errors import UserError
 from zephyr.feedback.dispatch import BudgetSpent, Dispatcher, Lane, Purse
 from zephyr.feedback.ledger import Ledger
 from zephyr.feedback.pool import Budget, Limits, Model
-from zephyr.feedback.request import Failure, Reply, Request
+from zephyr.feedback.request import Failure, Reply, Request, whole
 from zephyr.feedback.server import Again, Refused
 
 _COMPLETION_TOKENS = 512  # that a completion without a limit is taken to need, for a server's tokens a minute
@@ -265,7 +265,7 @@ class Client:
         choice = completion["choices"][0]
         reason = "refusal" if choice["message"].get("refusal") else choice.get("finish_reason")
         said = choice["message"]["content"], completion.get("model") or "", reason
-        text, model, reason = (_whole(str(part)) for part in said)
+        text, model, reason = (whole(str(part)) for part in said)
         extra = json.dumps(choice["logprobs"]) if choice.get("logprobs") else None
         return Reply(text, model, reason, prompt, answer, cached, cost, seconds, attempts, waste, extra)
 
@@ -316,15 +316,6 @@ def _usage(completion: dict[str, Any]) -> tuple[int | None, int | None, int | No
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens"), cached]
     prompt, answer, cached = (n if isinstance(n, int) and 0 <= n < 2**53 else None for n in counts)
     return prompt, answer, cached
-
-
-def _whole(text: str) -> str:
-    """With U+FFFD in place of half characters, which neither the ledger nor a request can carry."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _no_answer(model: Model, lanes: Sequence[Lane], how_long: str) -> UserError:

@@ -81,3 +81,12 @@ class Failure:
     detail: str
     attempts: int = 1
     waste: float = 0.0  # USD, at most, that the attempts may have cost
+
+
+def whole(text: str) -> str:
+    """With U+FFFD in place of half characters, which no file, ledger or request can carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

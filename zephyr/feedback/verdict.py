@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from zephyr.feedback.rating import NUMBER, WORD, Unreadable, Value, is_bare, number, plain, rating, shown
+from zephyr.feedback.request import whole
 
 _T = TypeVar("_T")
 
@@ -270,6 +271,8 @@ def _parsed(reply: str) -> dict[str, Any] | str | Unreadable:
         return body
     try:
         found = json.loads(body, object_pairs_hook=_object, parse_constant=_refuse)
+        if "\\u" in body:  # JSON can name half a character
+            found = json.loads(whole(json.dumps(found, ensure_ascii=False)))
     except (ValueError, RecursionError) as error:
         return Unreadable("invalid_json", shown(error))
     return found if isinstance(found, dict) else Unreadable("wrong_type", shown(found))
