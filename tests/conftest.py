@@ -7,7 +7,9 @@ os.environ["WANDB_MODE"] = "offline"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=2, help="kill -9 a run so many times, and a process that saves twice as often")
+    parser.addoption(
+        "--kills", type=int, default=2, help="kill -9 a run so many times, and a process that saves twice as often"
+    )
 
 
 @pytest.fixture(scope="session")
