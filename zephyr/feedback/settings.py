@@ -17,7 +17,7 @@ from zephyr.redact import redact
 from zephyr.settings import Count, Decay, Must, Portion, Positive, Seed, Text, Wandb, build, nearest
 
 _OURS = {"model", "messages", "stream", "n"}  # an answer is one, whole, and of the model that the record names
-_HEADERS = {"extra_headers", "headers", "authorization"}  # the openai client's, where many write a key
+_ARGUMENTS = {"extra_headers", "extra_query", "extra_body"}  # of the openai client, no parameters of a server
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,11 @@ def _backend(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where} must have one of base_url, path and replay; it has {said}.")
     if isinstance(values["parameters"], dict) and (ours := sorted(_OURS & values["parameters"].keys())):
         raise UserError(f"{where}.parameters holds {', '.join(ours)}, which the client itself sets. Take it out.")
-    if isinstance(given := values["parameters"], dict):
-        secret = {name for name, value in given.items() if redact({name: value}) != {name: value}}
-        if keys := sorted(map(str, secret | {name for name in given if str(name).lower() in _HEADERS})):
-            raise UserError(
-                f"{where}.parameters holds {', '.join(keys)}. They go into the request's body and into records, so no key "
-                "may stand there: set it in an environment variable that api_key_env names."
-            )
+    if isinstance(values["parameters"], dict) and (no := sorted(_ARGUMENTS & values["parameters"].keys())):
+        raise UserError(
+            f"{where}.parameters holds {', '.join(no)}, but what stands there goes into a request's body as it is. "
+            "Write parameters alone; a key is read from the environment variable that api_key_env names."
+        )
     # only servers take a schema
     structured = values["structured"] and bool(urls or (values["path"] and values["engine"] == "vllm"))
     return {**values, "base_url": urls, "structured": structured}
