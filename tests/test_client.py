@@ -155,6 +155,41 @@ def test_what_is_sent_when_a_run_is_left_counts_in_the_next(tmp_path):
     assert (purse.requests, purse.cost) == (1, pytest.approx(4122e-6))
 
 
+@pytest.mark.parametrize("budget", [Budget(max_cost=1), Budget(max_requests=9), None])
+def test_what_is_under_way_stands_in_the_ledger_where_there_is_a_budget(tmp_path, budget):
+    """A process that is killed cannot say it any more."""
+
+    def known():
+        with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+            purse = Client(pool(server, price=Price(1, 1)), ledger, budget=budget).purse
+            return [outcome.attempts for _, _, outcome in ledger.entries()], purse.requests, purse.cost
+
+    async def run():
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            async with Client(pool(server, price=Price(1, 1)), ledger, Limits(backoff=0.01), budget) as client:
+                task = asyncio.create_task(client.ask(request(1)))
+                while server.requests.total() < 2:
+                    await asyncio.sleep(0.01)
+                meanwhile = known()  # as a run after a kill would find it
+                reply = await task
+                assert ledger.earlier(request(1).key) == (0, 0.0)
+                return meanwhile, reply
+
+    with Server(lambda seen: FAULTS["500"] if seen.attempt == 1 else Answer(delay=0.5)) as server:
+        meanwhile, reply = asyncio.run(run())
+        assert meanwhile == (([2], 2, pytest.approx(4122e-6)) if budget else ([], 0, 0.0))
+        assert known() == ([2], 2, pytest.approx(reply.cost)) and reply.waste == 0
+
+
+def test_a_request_that_a_wrong_key_met_costs_nothing(tmp_path):
+    with Server(lambda seen: Answer(401, body=b"{}")) as server:
+        (outcome,), _ = ask(tmp_path, pool(server, price=Price(1, 1)), [1], budget=Budget(max_cost=1))
+        assert isinstance(outcome, UserError)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ((_, _, entry),) = ledger.entries()
+        assert (entry.attempts, entry.waste) == (1, 0.0)
+
+
 def mixed(seed, share=0.3):
     """A fault on each of the first attempts of a request, by chance, drawn from its key alone."""
     names = ["429", "500", "503", "silent", "dropped", "closed", "truncated", "garbage", "no choice", "wrong ids"]

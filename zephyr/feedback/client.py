@@ -48,6 +48,7 @@ class _Ask:
     tokens: float  # set aside at a server with tokens a minute
     most: float  # USD
     earlier: int = 0  # attempts, in runs before this one
+    wasted: float = 0.0  # USD, at most, in runs before this one
     attempts: int = 0
     faults: int = 0  # attempts that count against it
     waste: float = 0.0
@@ -132,7 +133,7 @@ class Client:
             task.exception()  # seen, also where nobody waits for it any more
 
     async def _answer(self, ask: _Ask) -> Reply | Failure:
-        attempts, waste = ask.earlier, _ = self._ledger.earlier(ask.key)
+        attempts, waste = ask.earlier, ask.wasted = self._ledger.earlier(ask.key)
         completion: dict[str, Any]
         seconds: float
         try:
@@ -184,6 +185,7 @@ class Client:
         ask.attempts += 1
         self.tally.sent += 1
         try:
+            self._sending(ask, ask.most)
             free = partial(self._dispatcher.free, slot)
             completion = await lane.server.complete(ask.model, ask.body, ask.request.key, free)
             lane.answered()
@@ -208,9 +210,17 @@ class Client:
             raise
         except UserError as error:
             self._stop(error)
+            self._sending(ask, 0.0)  # it has been refused, which costs nothing
             raise
         finally:
             self._dispatcher.release(slot, used)
+
+    def _sending(self, ask: _Ask, most: float) -> None:
+        """Where there is a budget, an attempt stands in the ledger before it goes out: a process that is killed says
+        nothing more."""
+        if self.purse.budget != Budget():
+            waste = ask.wasted + ask.waste + most
+            self._ledger.sending(ask.key, ask.model.name, ask.earlier + ask.attempts, waste)
 
     async def _again(self, ask: _Ask, failed: list[Again]) -> tuple[dict[str, Any], float]:
         """As `_attempt`, after one that failed before the retrying began: so it begins with a wait."""

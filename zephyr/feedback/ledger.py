@@ -145,6 +145,14 @@ class Ledger:
         except sqlite3.Error as error:
             raise UserError(f"the ledger {self.path} cannot be written: {reason(error)}") from error
 
+    def sending(self, key: str, model: str, attempts: int, waste: float) -> None:
+        """An attempt goes out, the last of so many: a failure in the next run's eyes, unless an outcome is put."""
+        said = (self.run, "interrupted", attempts, waste, "The run was killed before an answer came.")
+        try:
+            self._database.execute(_PUT_FAILURE, (bytes.fromhex(key), time.time(), model, *said))
+        except sqlite3.Error as error:
+            raise UserError(f"the ledger {self.path} cannot be written: {reason(error)}") from error
+
     def entries(self) -> Iterator[Entry]:
         """Every reply in the order of recording, then every failure of any run that has had no reply since."""
         query = f"SELECT key, model, {_REPLY} FROM replies ORDER BY rowid"
