@@ -139,8 +139,9 @@ def test_the_rate_of_requests_is_kept(tmp_path):
     with Server() as server:
         ask(tmp_path, pool(server, requests_per_minute=1200), range(60))
         times = [seen.at - server.seen[0].at for seen in server.seen]
-    assert 1.9 < times[-1] < 4
-    assert times[19] < 1 and all(times[n] >= (n - 20) / 20 - 0.1 for n in range(60))
+    late = 0.5  # seconds: the first may be seen so long after it was sent, where the machine has other work
+    assert 2 - late < times[-1] < 4
+    assert times[19] < 1 and all(times[n] >= (n - 20) / 20 - late for n in range(60))
 
 
 def test_the_rate_of_tokens_is_kept_with_what_was_used_in_truth(tmp_path):
