@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.collecting import EACH, ask, content, lines, prompts, report, said, start
-from tests.openai_server import FAULTS, Answer, Server
+from tests.openai_server import FAULTS, Answer, Seen, Server
 from zephyr.errors import UserError
 from zephyr.feedback.collect import _Watch
 from zephyr.feedback.judge import ASPECTS
@@ -169,6 +169,26 @@ def test_too_many_failures_stop_the_run_with_their_causes(tmp_path: Path):
     assert error.count("\n") == 1 and "missing_text (instruction_following: Text " in error
     assert "the judge wrote 'Splendid, all of them.'" in error
     assert server.requests.total() < 500 and not (tmp_path / "out" / "feedback.jsonl").exists()
+
+
+def test_a_run_without_a_rating_has_failed(tmp_path: Path):
+    """The first trial of a few prompts too: records without a number are of no use to anybody."""
+
+    def script(seen: Seen) -> Answer:
+        useless = {"choices": [{"index": 0, "message": {"content": "Splendid."}, "finish_reason": "stop"}]}
+        return Answer(patch=useless) if seen.body["model"] == "j" and unwilling else Answer()
+
+    with Server(script) as server:
+        unwilling = True
+        with pytest.raises(UserError) as stopped:
+            ask(server.url, tmp_path, "limit=2", "max_failures=1")
+        message = str(stopped.value)
+        assert message.startswith(
+            "no reply of the judge held a rating that can be read, for any of 2 prompts: 8 missing"
+        )
+        assert "Splendid." in message and not list((tmp_path / "out").glob("*.jsonl*"))
+        unwilling = False
+        assert report(ask(server.url, tmp_path, "limit=2", "judge.max_tokens=2000"))["mean_ratings"]
 
 
 def test_a_run_without_a_record_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
