@@ -181,12 +181,13 @@ def test_a_run_without_a_rating_has_failed(tmp_path: Path):
     with Server(script) as server:
         unwilling = True
         with pytest.raises(UserError) as stopped:
-            ask(server.url, tmp_path, "limit=2", "max_failures=1")
+            ask(server.url, tmp_path, "limit=2")
         message = str(stopped.value)
         assert message.startswith(
             "no reply of the judge held a rating that can be read, for any of 2 prompts: 8 missing"
         )
         assert "Splendid." in message and not list((tmp_path / "out").glob("*.jsonl*"))
+        assert report(ask(server.url, tmp_path, "limit=2", "max_failures=1"))["records"] == 2  # who wants them so
         unwilling = False
         assert report(ask(server.url, tmp_path, "limit=2", "judge.max_tokens=2000"))["mean_ratings"]
 

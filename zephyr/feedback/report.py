@@ -55,14 +55,15 @@ class Account:
                     total[0] += value
                     total[1] += 1
 
-    def check(self) -> None:
-        """Raises UserError where there is no record, or no rating in any, and no larger budget would make one."""
+    def check(self, max_failures: float) -> None:
+        """Raises UserError where there is no record, and no larger budget would make one; and where no record has a
+        rating, unless every request may fail: completions alone may be what is wanted."""
         if self.records == 0 and self.left == 0:
             raise UserError(
                 f"none of {self.prompts:,} prompts got two completions, so there is nothing to record: "
                 f"{named(self.failures['generate'], self.examples)}. Mend that; what has been answered is kept."
             )
-        if self.failures["judge"] and not self._ratings and self.left == 0:
+        if self.failures["judge"] and not self._ratings and self.left == 0 and max_failures < 1:
             raise UserError(
                 f"no reply of the judge held a rating that can be read, for any of {self.prompts:,} prompts: "
                 f"{named(self.failures['judge'], self.examples)}. Mend that; what has been answered is kept."

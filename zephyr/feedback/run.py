@@ -84,7 +84,7 @@ def _run(
                 client = asyncio.run(interruptible(collector.collect(prompts, ledger, write, shown)))
             finally:
                 gc.unfreeze()
-            account.check()
+            account.check(settings.max_failures)
             report = account.report(
                 redact(config), prompts, client, ledger,
                 second=settings.judge.second, seconds=time.monotonic() - started,
