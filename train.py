@@ -4,7 +4,6 @@ Composes the configuration (Hydra), turns it into plain settings, and runs them:
 """
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from errno import EACCES, EDQUOT, ENAMETOOLONG, ENOSPC, EPERM, EROFS
@@ -12,7 +11,6 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from shutil import which
-from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
@@ -27,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import as_dict, explain
 from zephyr import distributed
+from zephyr.command import stoppable
 from zephyr.errors import Stopped, UserError, check_writable
 from zephyr.launching.launch import JobFailed, launch
 from zephyr.launching.sweep import Direction, Sweep, direction
@@ -41,13 +40,14 @@ ONLY_FLAG = "A sweep takes no other flag than -m."
 def job(cfg: DictConfig, sweep: Sweep | None) -> float | None:
     """One run. Returns the metric a sweep compares: held-out preference accuracy, or the SFT loss."""
     try:
-        config = as_dict(cfg)
-        distributed.adopt_slurm()
-        if sweep is not None and not config["dry_run"]:
-            return sweep.run(_varied(HydraConfig.get().overrides.task, sweep), config, partial(start, apart=True))
-        if sweep is None and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise UserError(ONLY_FLAG)
-        return start(config)
+        with stoppable():
+            config = as_dict(cfg)
+            distributed.adopt_slurm()
+            if sweep is not None and not config["dry_run"]:
+                return sweep.run(_varied(HydraConfig.get().overrides.task, sweep), config, partial(start, apart=True))
+            if sweep is None and HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise UserError(ONLY_FLAG)
+            return start(config)
     except (UserError, OmegaConfBaseException) as error:  # here, because Hydra would announce it too
         fail(explain(error, "train", sys.argv[1:]))
     except JobFailed as error:
@@ -173,8 +173,6 @@ def _direction(jobs: Sequence[Settings]) -> Direction:
 
 def main() -> None:
     """The command. Raises what is to be explained."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
     sweep = plan()
 
     @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
@@ -199,15 +197,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(signum)
-
-
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise mistakes to here
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in MULTIRUN)  # Hydra wants it in front
     try:
-        main()
+        with stoppable():
+            main()
     except (HydraException, OmegaConfBaseException, UserError) as error:
         fail(explain(error, "train", sys.argv[1:]))
     except Stopped as stopped:

@@ -5,9 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from zephyr.command import SIGNALS, status, stoppable
+from zephyr.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -77,3 +82,108 @@ def test_its_status_is_that_of_the_work(act: str, code: int, error: str):
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert error in done.stderr and bool(error) == bool(done.stderr)
+
+
+class Bookkeeping:
+    """What breaks when an exception passes through it, as OmegaConf's containers do."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute '_invalidate_flags_cache'")
+
+
+class Finalizer:
+    """Interrupted where Python drops what is raised, and says so."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def broken() -> int:
+    with Bookkeeping():
+        signal.raise_signal(signal.SIGTERM)
+    return 0
+
+
+def mistaken() -> int:
+    try:
+        return broken()
+    except AttributeError as error:
+        raise UserError(str(error)) from error
+
+
+def left() -> int:
+    try:
+        return broken()
+    except AttributeError:
+        sys.exit(1)
+
+
+def dropped() -> int:
+    Finalizer()
+    return 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("act", [broken, mistaken, left, dropped])
+def test_a_stop_is_one_whatever_it_was_turned_into(act: Callable[[], int], capsys: pytest.CaptureFixture[str]):
+    assert status(act) == 143
+    assert capsys.readouterr().err == "Stopped by SIGTERM. The same command goes on.\n"
+
+
+def test_failures_of_others_stay_what_they_are(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(AttributeError), stoppable():
+        with suppress(AttributeError), Bookkeeping():
+            pass
+        raise AttributeError
+    assert status(lambda: (_ for _ in ()).throw(UserError("Give a number."))) == 2
+    assert capsys.readouterr().err == "Error: Give a number.\n"
+
+
+def test_the_handlers_are_put_back():
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    status(broken)
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+
+
+# Runs a script or a module, interrupted where OmegaConf's own cleaning up fails by it.
+INTERRUPTED = """
+import runpy, signal, sys
+from omegaconf import ListConfig
+
+put = ListConfig._set_item_impl
+
+def interrupted(self, index, item):
+    if type(item).__name__ == "ConfigSourceInfo":
+        ListConfig._set_item_impl = put
+        self._get_flag("readonly")  # fills a cache; emptying it fails at the place that is kept for the item
+        signal.raise_signal(signal.SIGINT)
+    put(self, index, item)
+
+ListConfig._set_item_impl = interrupted
+sys.path.insert(0, "")
+name = sys.argv.pop(1)
+if name.endswith(".py"):
+    sys.argv[0] = name
+    runpy.run_path(name, run_name="__main__")
+else:
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["train.py"],
+        ["train.py", "-m", "seed=1,2"],
+        ["zephyr.prepare", "ultrafeedback", "input=in.jsonl", "output=out"],
+        ["zephyr.feedback", "prompts=in.jsonl", "output=out"],
+    ],
+    ids=lambda line: " ".join(line[:2]),
+)
+def test_a_stop_while_the_configuration_is_composed(line: list[str]):
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *line], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "Stopped by SIGINT. The same command goes on.\n"
+    assert done.returncode == 130

@@ -13,7 +13,8 @@ import pytest
 
 from tests.checkpointing import CLAIM, Copy, Line, Lines, assert_same, names, train, whole
 from zephyr.checkpoints.checkpoint import Checkpoints, newest
-from zephyr.checkpoints.interruption import StopOnSignal, Stopped, stoppable
+from zephyr.checkpoints.interruption import StopOnSignal, Stopped
+from zephyr.command import stoppable
 
 
 class Send(L.Callback):

@@ -18,7 +18,7 @@ ALLOWED = {  # package or module -> what it may import of those above it
     "training": {"data.batch"},
     "sft": {"training", "data.batch", "models.logps"},
     "dpo": {"training", "data.batch", "models", "objectives"},
-    "checkpoints": {"distributed"},
+    "checkpoints": {"command", "distributed"},
     "generation": {"data.render"},
     "planning": {"demo", "data", "models", "training", "sft", "dpo", "objectives"},
     "observe": {"planning", "data", "models.logps", "generation", "checkpoints.randomness", "redact"},
@@ -29,7 +29,7 @@ ALLOWED = {  # package or module -> what it may import of those above it
     },
     "run": {
         *("demo", "data", "models", "training", "distributed", "checkpoints", "planning"),
-        *("observe", "export", "redact", "running"),
+        *("observe", "export", "redact", "running", "command"),
     },
     "launching": {"run", "running.rank_log", "distributed", "data.pool", "redact"},
     "prepare": {"data", "command", "progress"},

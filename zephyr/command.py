@@ -6,22 +6,22 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from zephyr.errors import Stopped, UserError
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def status(act: Callable[[], int | None]) -> int:
     """Do it; its exit status, 0 where it returns none. A stopped command says that the same one goes on."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
     try:
-        return act() or 0
+        with stoppable():
+            return act() or 0
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -36,6 +36,50 @@ def status(act: Callable[[], int | None]) -> int:
             raise
         print(f"Error: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise Stopped at once. Stopped is what leaves this block after one, whatever became of
+    it on its way: where it falls into another library's bookkeeping, that may fail by it with an error of its own, and
+    what is raised in a finalizer Python drops."""
+    received: list[int] = []
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        received.append(signum)
+        raise Stopped(signum)
+
+    before = install(stop)
+    try:
+        yield
+    except BaseException as error:
+        if received and not isinstance(error, Stopped):
+            raise Stopped(received[0]) from error
+        raise
+    finally:
+        restore(before)
+    if received:
+        raise Stopped(received[0])
+
+
+def install(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Handle SIGNALS in this process and return the handlers it had."""
+    owner = os.getpid()  # forked data workers inherit the handler, and a terminal sends Ctrl-C to them too
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            handler(signum, frame)
+        elif signum == signal.SIGTERM:
+            os._exit(128 + signum)
+
+    return {signum: signal.signal(signum, handle) for signum in SIGNALS}
+
+
+def restore(handlers: dict[signal.Signals, Any]) -> None:
+    """Put back what `install` returned, once."""
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    handlers.clear()
 
 
 def outlived(act: Callable[[], int]) -> int:
@@ -60,7 +104,7 @@ def outlived(act: Callable[[], int]) -> int:
                 sys.stderr.flush()
             os._exit(code)
     os.close(lives)
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in SIGNALS:
         signal.signal(signum, lambda number, _: os.kill(child, number))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return code if code >= 0 else 128 - code
@@ -79,7 +123,7 @@ async def interruptible(work: Awaitable[T]) -> T:
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def stop(number: int) -> None:
         received.append(number)
@@ -97,7 +141,3 @@ async def interruptible(work: Awaitable[T]) -> T:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-
-
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(signum)

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from zephyr import demo, distributed
 from zephyr.checkpoints.checkpoint import Checkpoints, FolderCheckpointIO, newest, verify
-from zephyr.checkpoints.interruption import StopOnSignal, stoppable
+from zephyr.checkpoints.interruption import StopOnSignal
+from zephyr.command import stoppable
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import Message, load_tokenizer
 from zephyr.errors import UserError

@@ -1,35 +1,22 @@
 """Stopping on SIGTERM or Ctrl-C: after the optimizer step, with a checkpoint, and never with status 0."""
 
-import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zephyr.checkpoints.checkpoint import Checkpoints
+from zephyr.command import install, restore
 from zephyr.errors import Stopped
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise Stopped at once; while training, StopOnSignal takes them over."""
-    before = _install(_raise)
-    try:
-        yield
-    finally:
-        _restore(before)
 
 
 class StopOnSignal(Callback):
     """Lets the optimizer step end that a signal falls into, saves it through `checkpoints`, raises Stopped.
 
-    A second Ctrl-C does not wait. A validation that is due or under way is left to the resumed run.
-    All ranks stop at the same step, whichever of them got the signal.
+    It takes the signals over from zephyr.command.stoppable while training. A second Ctrl-C does not wait. A validation
+    that is due or under way is left to the resumed run. All ranks stop at the same step, whichever of them got the
+    signal.
     """
 
     # Stopped is raised one hook after on_train_batch_end: only then do the loggers have the step's metrics
@@ -42,7 +29,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # here, because Lightning registers handlers of its own shortly before
-        self._before = _install(self._receive)
+        self._before = install(self._receive)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._stopping:
@@ -71,13 +58,13 @@ class StopOnSignal(Callback):
             self.checkpoints.wanted = self._agree(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _restore(self._before)
+        restore(self._before)
         if self._agree(trainer):
             self.checkpoints.save(trainer)
             raise self._stopped()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        _restore(self._before)
+        restore(self._before)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self._received is not None:
@@ -90,26 +77,3 @@ class StopOnSignal(Callback):
 
     def _stopped(self) -> Stopped:
         return Stopped(self._received or signal.SIGTERM)  # another rank got the signal: SIGTERM, most likely
-
-
-def _raise(signum: int, frame: FrameType | None) -> None:
-    raise Stopped(signum)
-
-
-def _install(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
-    """Handle SIGNALS in this process and return the handlers it had."""
-    owner = os.getpid()  # forked data workers inherit the handler, and a terminal sends Ctrl-C to them too
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            handler(signum, frame)
-        elif signum == signal.SIGTERM:
-            os._exit(128 + signum)
-
-    return {signum: signal.signal(signum, handle) for signum in SIGNALS}
-
-
-def _restore(handlers: dict[signal.Signals, Any]) -> None:
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    handlers.clear()
