@@ -2,7 +2,10 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.test_conf import load
@@ -111,6 +114,38 @@ def test_offloaded_weights_rest_in_the_host(no_simulation):
 def test_the_demos_data_is_counted():
     text = dry("stage=sft", "trainer.max_steps=3")
     assert "1,049,728" in text and "3 of 8 packed sequences" in text and "at most" not in text
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pairs in two splits, as zephyr.prepare lays them out: 100 to train on, 4 held out."""
+    for split, count in (("train", 100), ("test", 4)):
+        rows = [{"prompt": f"{n}?", "chosen": f"Yes, {n}!", "rejected": "No."} for n in range(count)]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"data/{split}_prefs-00000-of-00001.parquet")
+    return tmp_path
+
+
+def test_a_split_of_a_folder_is_counted(folder: Path, no_simulation):
+    data = (f"data.train={folder}:train_prefs", f"data.cache={folder}/cache")
+    text = dry("stage=dpo", "data.batch_size=10", *data)
+    assert "10 of 10 pairs" in text and "at most" not in text and "nothing was counted" not in text
+    assert "20 of 10 pairs" in dry("stage=dpo", "data.batch_size=10", "trainer.max_epochs=2", *data)
+    with pytest.raises(UserError, match=r"no split 'train'. It has: test_prefs, train_prefs. Or set trainer.max_steps"):
+        dry("stage=dpo", f"data.train={folder}:train")
+
+
+def test_what_is_not_here_is_said_and_a_number_of_steps_does_without(folder: Path, no_simulation):
+    for data, words in (
+        ("/nowhere/pairs.jsonl", "'/nowhere/pairs.jsonl' does not exist"),
+        ("some/set@main:train", "data.train=some/set@main:train is not here to be counted"),
+        (f"{folder}:train_prefs", "counted by the tokenizer of mistralai/Mistral-7B-v0.1, which is no folder here"),
+    ):
+        line = ("recipe=zephyr-7b-beta", "stage=dpo", f"data.train={data}")
+        with pytest.raises(UserError, match=re.escape(words)) as mistake:
+            dry(*line)
+        assert "trainer.max_steps" in str(mistake.value)
+        assert "7 of 32 pairs" in (text := dry(*line, "trainer.max_steps=7")) and "nothing was counted" in text
 
 
 def test_an_unknown_gpu_is_refused():

@@ -13,6 +13,7 @@ from zephyr import demo
 from zephyr.data.batch import Batch, Conversation, Pair, pack_conversations, pack_pairs
 from zephyr.data.modules import ChatData, DataModule, PreferenceData
 from zephyr.data.render import load_tokenizer
+from zephyr.data.sources import local_files
 from zephyr.errors import UserError
 from zephyr.models import decoder
 from zephyr.models.lineage import lineage
@@ -110,7 +111,7 @@ def _time(
     before = found.forward * work.examples / settings.data.batch_size * precomputed
     rate, mfu = found.rates(job)
     known = f"{work.known} " if work.known else ""
-    why = {"": "", "about": " (by published numbers: the data is not here)", "at most": " (the data is not here)"}
+    why = {"": "", "about": " (by published numbers: the data is not here)", "at most": " (nothing was counted)"}
     seconds = work.steps * found.step.seconds + before
     step = found.step
     return [
@@ -242,10 +243,23 @@ def make_job(settings: Settings, config: Any, processes: int, replicas: int | No
 
 
 def _data(settings: Settings, path: str) -> DataModule | None:
-    """The training data, tokenised, if it and the tokenizer are on this machine."""
-    source = settings.data.train
-    here = source.startswith("demo:") or Path(source.partition("@")[0]).exists()
-    if not here or not Path(path).is_dir():
+    """The training data, tokenised, if it and the tokenizer are on this machine. Raises UserError where they are not
+    and nothing else tells how long the run is."""
+    source, alone = settings.data.train, settings.trainer.max_steps is not None
+    try:
+        here = source.startswith("demo:") or local_files(source, "data.train") is not None
+    except UserError as error:  # planned for another machine, it may be
+        if not alone:
+            raise UserError(f"{error} Or set trainer.max_steps, to do without it.") from error
+        here = False
+    if not here:
+        return None
+    if not Path(path).is_dir():
+        if not alone:
+            raise UserError(
+                f"data.train={source} is counted by the tokenizer of {path}, which is no folder here: "
+                "set model.path=FOLDER, or trainer.max_steps."
+            )
         return None
     kind: type[DataModule] = ChatData if settings.objective is None else PreferenceData
     length = settings.trainer.max_epochs, settings.trainer.max_steps
