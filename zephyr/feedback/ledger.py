@@ -23,6 +23,7 @@ _APPLICATION = 0x5A655048  # "ZePH" in the file's header, by which a ledger is k
 _VERSION = 1
 _LOCK_SECONDS = 15.0  # that another process is waited for
 _SYNC_SECONDS = 1.0  # between two times that what was written is brought onto the disk
+_LOG_FRAMES = 2**17  # pages of 4 KiB in the write-ahead log, which a reader searches through
 # as the fields of Reply stand
 _FIGURES = (
     *("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"),
@@ -104,6 +105,7 @@ class Ledger:
         if self._read_only:
             return
         self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA cache_size=-131072")  # 128 MiB: the keys of some million replies
         self._database.execute("PRAGMA synchronous=NORMAL")  # a commit does not wait for the disk
         self._database.execute("PRAGMA wal_autocheckpoint=0")  # nor does one in a thousand
         if not tables:
@@ -115,7 +117,12 @@ class Ledger:
         with contextlib.closing(_connected(self.path, "rw")) as database:
             while not self._closing.wait(_SYNC_SECONDS):
                 with contextlib.suppress(sqlite3.Error):  # whoever writes next is told
-                    database.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                    _, frames, _ = database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                    if frames > _LOG_FRAMES:
+                        # who writes all the time gets ahead of each of these; the last one makes him wait, for what
+                        # little the second has left over, and begin the log anew
+                        database.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                        database.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def get(self, key: str) -> Reply | Failure | None:
         """The reply to a request; or how it failed in this run; None where it is still to be asked."""
