@@ -69,10 +69,8 @@ def floor_seconds(shape: Shape, batch: Batch) -> tuple[float, float]:
     for rows, inputs, outputs, times in products(shape, batch):
         x, w, g = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
         y, by_x, by_w = torch.empty(rows, outputs), torch.empty(rows, inputs), torch.empty(outputs, inputs)
-        plain, chosen = (
-            _spent(partial(_plain, x, w, g, (y, by_x, by_w)), times),
-            _spent(partial(_chosen, x, w, g), times),
-        )
+        plain = _spent(partial(_plain, x, w, g, (y, by_x, by_w)), times)
+        chosen = _spent(partial(_chosen, x, w, g), times)
         spent = [spent[0] + plain, spent[1] + min(plain, chosen)]
     whole = 1 + attention_flops(shape, batch) / linear_flops(shape, batch)
     return spent[0] * whole, spent[1] * whole

@@ -36,10 +36,7 @@ def test_what_is_freed_is_kept():
         )
         for keep in ("True", "False")
     ]
-    # 32 MiB are 8,192 pages, or 16 where the system makes them large. A small object that comes to lie in the freed
-    # block moves the next one elsewhere, whose pages are new: now and then, not each time.
-    assert given_back >= 32 * 16
-    assert kept < given_back / 2
+    assert kept < 100 < given_back  # 32 times 32 MiB, in pages of 4 KiB or, where the system likes, 2 MiB
 
 
 @pytest.mark.parametrize(("most", "wanted"), [(2**31, 2**31 - 1), (2**25, 2**25)])

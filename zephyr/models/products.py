@@ -21,8 +21,6 @@ _FEW = 64  # rows of which a product costs less than oneDNN's preparations
 _LEAST = 1e8  # floating-point operations that make their half a millisecond worth while
 REPEATED = 10  # times at least that the layers of a model, or the heads of a layer, ask for products of a shape
 _SHAPES = 256  # of products, for which oneDNN keeps its preparations: half a MiB each and more, and rows differ
-
-
 _torchs_own = False
 
 
