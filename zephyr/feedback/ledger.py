@@ -12,9 +12,9 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from zephyr.errors import UserError, reason
 from zephyr.feedback.request import Failure, Reply
@@ -139,24 +139,27 @@ class Ledger:
 
     def put(self, key: str, model: str, outcome: Reply | Failure) -> None:
         """Kept when this returns, whatever happens to the process. Raises UserError where it cannot be: a full disk."""
-        now = time.time()
-        try:
-            if isinstance(outcome, Reply):
-                figures = (getattr(outcome, field) for field in _FIGURES)
-                row = (bytes.fromhex(key), now, model, outcome.model, *figures, outcome.text, outcome.extra)
-                self._database.execute(_PUT_REPLY, row)
-            else:
-                failed = (outcome.cause, outcome.attempts, outcome.waste, outcome.detail)
-                self._database.execute(_PUT_FAILURE, (bytes.fromhex(key), now, model, self.run, *failed))
-                self._failures[bytes.fromhex(key)] = self.run, outcome
-        except sqlite3.Error as error:
-            raise UserError(f"the ledger {self.path} cannot be written: {reason(error)}") from error
+        if isinstance(outcome, Reply):
+            figures = (getattr(outcome, field) for field in _FIGURES)
+            row = (bytes.fromhex(key), time.time(), model, outcome.model, *figures, outcome.text, outcome.extra)
+            self._write(_PUT_REPLY, row)
+        else:
+            self._put_failure(key, model, outcome)
+            self._failures[bytes.fromhex(key)] = self.run, outcome
 
     def sending(self, key: str, model: str, attempts: int, waste: float) -> None:
         """An attempt goes out, the last of so many: a failure in the next run's eyes, unless an outcome is put."""
-        said = (self.run, "interrupted", attempts, waste, "The run was killed before an answer came.")
+        self._put_failure(
+            key, model, Failure("interrupted", "The run was killed before an answer came.", attempts, waste)
+        )
+
+    def _put_failure(self, key: str, model: str, failure: Failure) -> None:
+        failed = (failure.cause, failure.attempts, failure.waste, failure.detail)
+        self._write(_PUT_FAILURE, (bytes.fromhex(key), time.time(), model, self.run, *failed))
+
+    def _write(self, statement: str, row: Sequence[Any]) -> None:
         try:
-            self._database.execute(_PUT_FAILURE, (bytes.fromhex(key), time.time(), model, *said))
+            self._database.execute(statement, row)
         except sqlite3.Error as error:
             raise UserError(f"the ledger {self.path} cannot be written: {reason(error)}") from error
 
